@@ -1,0 +1,1 @@
+"""Building images: from files to bootstrap, chunk map and blobs."""

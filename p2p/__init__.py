@@ -1,0 +1,1 @@
+"""The peer: chunk exchange between nodes. Holds nothing yet; mounts fetch from the registry."""

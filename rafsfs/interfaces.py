@@ -1,0 +1,93 @@
+"""The seams of the system, as protocols. Implemented above (registry, oci layout), used by builder, fetch and cli.
+
+Rule: an implementation passes the conformance suite in tests/registry/test_conformance.py, and nothing that uses
+a protocol asks which implementation it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from .types import Descriptor, Digest
+
+
+class BlobStream(Protocol):
+    """The bytes of one open range of a blob, in order."""
+
+    async def readinto(self, buffer: memoryview) -> None:
+        """Fill `buffer` completely with the next bytes of the range.
+
+        Raises UnavailableError if the source ends, stalls or fails before that (the bytes so far are in `buffer`, the
+        stream is spent), ValueError if more is asked than the range has left. After a cancellation the stream is spent.
+        """
+
+
+class BlobUpload(Protocol):
+    """One blob on its way into a store. Invisible under its digest until `commit` returns."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes the store already holds, from the start of the blob: where the next `write` continues."""
+
+    @property
+    def resume_token(self) -> str | None:
+        """Opaque text with which `begin_upload` can continue this upload later, or None if the store cannot."""
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append `data`. Raises UnavailableError when the store cannot be reached after retries."""
+
+    async def commit(self, digest: Digest) -> None:
+        """Finish the blob as `digest`. Raises IntegrityError if the store holds other bytes than that."""
+
+    async def abandon(self) -> None:
+        """Let go of the upload without finishing it; what can be resumed stays resumable."""
+
+
+class ImageStore(Protocol):
+    """One repository of a registry, or one OCI image layout directory.
+
+    All bytes are checked against their digest before they are returned, but for ranges of blobs, which only their
+    reader can check. All errors are RemoteError or below; UnavailableError is raised only after the store's own
+    retries. Every method is safe to call from several tasks at once and to cancel.
+    """
+
+    @property
+    def name(self) -> str:
+        """How messages call this store: `host:port/repository` or `oci:DIR`."""
+
+    async def resolve(self, reference: str) -> Descriptor:
+        """Return the manifest descriptor of a tag or a digest text. Raises NotFoundError."""
+
+    async def get_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        """Return descriptor and exact bytes of the manifest under a tag or a digest text (at most 4 MiB)."""
+
+    async def put_manifest(
+        self, data: bytes, media_type: str, *, tag: str | None = None, subject: Descriptor | None = None
+    ) -> Descriptor:
+        """Store a manifest, under `tag` if given. `subject` is what the manifest's own `subject` says, for the referrers fallback."""
+
+    async def has_blob(self, digest: Digest) -> bool:
+        """Tell whether the store has the blob."""
+
+    async def get_blob(self, digest: Digest, *, size: int) -> bytes:
+        """Return a whole small blob of exactly `size` bytes, verified. Raises IntegrityError, NotFoundError."""
+
+    def open_range(self, digest: Digest, offset: int, length: int) -> AbstractAsyncContextManager[BlobStream]:
+        """Open bytes [offset, offset+length) of a blob; length > 0. Never asks past what it was told exists."""
+
+    async def begin_upload(self, resume_token: str | None = None) -> BlobUpload:
+        """Start a blob upload, or continue one; a token that the store no longer knows starts anew at offset 0."""
+
+    async def put_blob(self, data: bytes | bytearray | memoryview) -> Digest:
+        """Store a whole small blob unless the store has it; return its digest."""
+
+    async def mount_blob(self, digest: Digest, from_repository: str) -> bool:
+        """Make a blob of another repository of the same registry this repository's own, without moving bytes."""
+
+    def referrers(self, digest: Digest, artifact_type: str | None = None) -> AsyncIterator[Descriptor]:
+        """Yield descriptors of manifests whose `subject` is `digest` (API, else the tag-schema fallback)."""
+
+    async def aclose(self) -> None:
+        """Close connections. Idempotent."""

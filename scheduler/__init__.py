@@ -1,0 +1,1 @@
+"""The scheduler: membership and origin leases of a swarm. Holds nothing yet."""
