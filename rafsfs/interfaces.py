@@ -64,7 +64,12 @@ class ImageStore(Protocol):
         """Return descriptor and exact bytes of the manifest under a tag or a digest text (at most 4 MiB)."""
 
     async def put_manifest(
-        self, data: bytes, media_type: str, *, tag: str | None = None, subject: Descriptor | None = None
+        self,
+        data: bytes,
+        media_type: str,
+        *,
+        tag: str | None = None,
+        subject: Descriptor | None = None,
     ) -> Descriptor:
         """Store a manifest, under `tag` if given. `subject` is what the manifest's own `subject` says, for the referrers fallback."""
 
