@@ -27,6 +27,11 @@ LAYOUT_CHUNK: Final = 4
 
 _EXTENDED = struct.Struct("<HHHHQIIIIqII16x")
 _COMPACT = struct.Struct("<HHHHIIIIHHI")
+_TYPES: Final = frozenset(
+    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
+)
+_DEVICES: Final = frozenset((stat.S_IFCHR, stat.S_IFBLK))
+_TYPE_MASK: Final = 0o170000
 _FORMAT = struct.Struct("<H")
 assert _EXTENDED.size == EXTENDED_SIZE
 assert _COMPACT.size == COMPACT_SIZE
@@ -94,11 +99,16 @@ def pack_inode(
             i_format, icount, mode, 0, size, i_u, ino & 0xFFFFFFFF, uid, gid, seconds, nanoseconds, nlink
         )
     except struct.error as error:
-        raise FormatError(f"inode does not fit EROFS: {error}") from error
+        raise FormatError(
+            f"owner {uid}:{gid}, size {size}, time {mtime_ns} ns, {nlink} links or mode {mode:#o}: does not fit EROFS"
+        ) from error
 
 
-def unpack_inode(buffer: memoryview, offset: int, nid: int) -> Inode:
-    """Decode the inode at `offset`. Raises FormatError, UnsupportedError."""
+def unpack_inode(buffer: memoryview, offset: int, nid: int, epoch_ns: int = 0) -> Inode:
+    """Decode the inode at `offset`. Raises FormatError, UnsupportedError.
+
+    A compact inode has no time of its own but seconds since the superblock's, given as `epoch_ns`.
+    """
     if offset < 0 or offset + COMPACT_SIZE > len(buffer):
         raise FormatError(f"inode {nid} lies outside the bootstrap")
     (i_format,) = _FORMAT.unpack_from(buffer, offset)
@@ -113,12 +123,16 @@ def unpack_inode(buffer: memoryview, offset: int, nid: int) -> Inode:
         _, icount, mode, _, size, i_u, _, uid, gid, seconds, nanoseconds, nlink = _EXTENDED.unpack_from(buffer, offset)
         header = EXTENDED_SIZE
     else:
-        _, icount, mode, nlink, size, _, i_u, _, uid, gid, _ = _COMPACT.unpack_from(buffer, offset)
-        seconds = nanoseconds = 0
+        _, icount, mode, nlink, size, since, i_u, _, uid, gid, _ = _COMPACT.unpack_from(buffer, offset)
+        seconds, nanoseconds = divmod(epoch_ns, 1_000_000_000)
+        seconds += since
         header = COMPACT_SIZE
     if size >= 1 << 63 or nanoseconds >= 1_000_000_000:
         raise FormatError(f"inode {nid} has size {size}, nanoseconds {nanoseconds}")
-    rdev = decode_rdev(i_u) if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else 0
+    kind = mode & _TYPE_MASK
+    if kind not in _TYPES:
+        raise FormatError(f"inode {nid} has mode {mode:#o}, which is no file type")
+    rdev = decode_rdev(i_u) if kind in _DEVICES else 0
     mtime_ns = seconds * 1_000_000_000 + nanoseconds
     xattr_size = xattr_area_size(icount)
     return Inode(nid, mode, size, uid, gid, mtime_ns, nlink, rdev, layout, i_u, header, xattr_size)

@@ -1,6 +1,7 @@
 """EROFS inline extended attributes: a 12-byte header, then entries padded to 4 bytes; erofs_fs.h, Linux 6.6.
 
-Decided here: which names can be stored (user, trusted, security, POSIX ACLs) and the limits. Shared xattrs are not used.
+Decided here: which names can be stored (user, trusted, security, POSIX ACLs) and the limits. Shared xattrs are not
+used.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import Final
 
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedError
 from ..types import align_up
 
 _HEADER: Final = bytes(12)
@@ -22,6 +23,9 @@ _PREFIXES: Final = {
     4: b"trusted.",
     6: b"security.",
 }
+MAX_NAME: Final = 255
+"""Bytes of a full name, the limit of the system calls."""
+MAX_VALUE: Final = 65535
 MAX_AREA: Final = 12 + 4 * 65534
 """i_xattr_icount is 16 bits."""
 
@@ -49,13 +53,16 @@ def pack_xattrs(xattrs: Mapping[bytes, bytes]) -> bytes:
     for name in sorted(xattrs):
         value = xattrs[name]
         split = _split(name)
-        if split is None or len(split[1]) > 255 or len(value) > 65535:
-            raise FormatError(f"xattr {name!r} with {len(value)} bytes cannot be stored in EROFS")
+        if split is None or len(name) > MAX_NAME or len(value) > MAX_VALUE or b"\0" in name:
+            raise FormatError(
+                f"xattr {name[:64]!r} of {len(value)} bytes cannot be stored: EROFS takes user, trusted, security "
+                f"and POSIX ACLs, names to {MAX_NAME} and values to {MAX_VALUE} bytes"
+            )
         index, suffix = split
         out += _ENTRY.pack(len(suffix), index, len(value)) + suffix + value
         out += bytes(align_up(len(out), 4) - len(out))
     if len(out) > MAX_AREA:
-        raise FormatError(f"xattrs of {len(out)} bytes, EROFS holds {MAX_AREA}")
+        raise FormatError(f"xattrs take {len(out)} bytes together, EROFS holds {MAX_AREA} per inode")
     return bytes(out)
 
 
@@ -65,7 +72,7 @@ def unpack_xattrs(area: memoryview) -> dict[bytes, bytes]:
     if len(area) < len(_HEADER):
         return found
     if area[4]:
-        raise FormatError("shared xattrs are not used in RAFS images")
+        raise UnsupportedError(f"{area[4]} shared xattrs, which RAFS images do not use")
     at = len(_HEADER)
     while at + _ENTRY.size <= len(area):
         name_length, index, value_length = _ENTRY.unpack_from(area, at)
@@ -75,8 +82,8 @@ def unpack_xattrs(area: memoryview) -> dict[bytes, bytes]:
         if prefix is None or end > len(area) or (prefix.endswith(b".") != (name_length > 0)):
             raise FormatError(f"xattr entry at {at} has name index {index} and ends at {end} of {len(area)}")
         name = prefix + bytes(area[start:middle])
-        if b"\0" in name:
-            raise FormatError(f"xattr name {name!r} holds a NUL")
+        if b"\0" in name or name in found or len(name) > MAX_NAME:
+            raise FormatError(f"xattr name {name[:64]!r} of {len(name)} bytes holds a NUL, is too long or comes twice")
         found[name] = bytes(area[middle:end])
         at = align_up(end, 4)
     return found
