@@ -1,0 +1,321 @@
+"""The cache directory of a node: images, data spaces, chunk index, one lock. Layout: docs/cache.md.
+
+Decided here: who may write (the holder of the lock), what is made of a directory found unsound (set aside, made anew), what may be
+removed (what no mount uses). Blocking calls, thread-safe; the daemon runs the long ones in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from ..errors import CacheBusyError, CacheError, FormatError
+from ..format.bootstrap import Bootstrap
+from ..format.chunk_map import ChunkMap
+from ..format.manifest import ImageManifest, parse_manifest
+from ..format.space_table import SpaceTable
+from ..types import Digest
+from .chunk_index import ChunkIndex
+from .data_space import DataSpace, create, open_space_directory, replace_file, write_error
+
+_log = logging.getLogger(__name__)
+_IMAGE_FILES: Final = ("manifest.json", "bootstrap.erofs", "chunkmap")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    """An image whose metadata are on this node, complete and verified when they were written."""
+
+    digest: Digest
+    directory: str
+
+    @property
+    def bootstrap_path(self) -> str:
+        """Path of the uncompressed bootstrap."""
+        return os.path.join(self.directory, "bootstrap.erofs")
+
+    def manifest(self) -> ImageManifest:
+        """Read the manifest."""
+        return parse_manifest(Path(self.directory, "manifest.json").read_bytes())
+
+    def bootstrap(self) -> Bootstrap:
+        """Read the bootstrap into memory."""
+        return Bootstrap(Path(self.bootstrap_path).read_bytes())
+
+    def chunk_map(self) -> ChunkMap:
+        """Read the chunk map into memory."""
+        return ChunkMap(Path(self.directory, "chunkmap").read_bytes())
+
+    def references(self) -> list[str]:
+        """Return the references under which the image has come here."""
+        try:
+            found = json.loads(Path(self.directory, "references").read_bytes())
+        except (OSError, ValueError):
+            return []
+        return [str(name) for name in found] if isinstance(found, list) else []
+
+
+@dataclass(slots=True)
+class SpaceSummary:
+    """What `rafs cache ls` says of a data space."""
+
+    space_id: bytes
+    size: int
+    chunks: int
+    present_chunks: int
+    present_bytes: int
+    last_used: float
+    images: list[str] = field(default_factory=list)
+
+
+class Cache:
+    """An open cache directory."""
+
+    def __init__(self, path: str, lock_fd: int, index: ChunkIndex | None) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+        self._index = index
+        self._spaces: dict[bytes, DataSpace] = {}
+        self._mutex = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str, *, exclusive: bool = True) -> Cache:
+        """Open a cache directory, made if it is not there. Raises CacheBusyError if another daemon holds it.
+
+        With `exclusive` false nothing is locked, written or recovered: for looking on while no daemon runs.
+        """
+        path = os.path.abspath(path)
+        try:
+            for name in ("", "images", "spaces", "mounts"):
+                os.makedirs(os.path.join(path, name), mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise CacheError(f"cache directory {path}: {error.strerror}") from error
+        if not exclusive:
+            return cls(path, -1, None)
+        lock_fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(lock_fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(lock_fd)
+            raise CacheBusyError(
+                f"cache directory {path} is held by another daemon (pid {holder}); use it, or another --cache-dir"
+            ) from error
+        try:
+            os.ftruncate(lock_fd, 0)
+            os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
+            for name in os.listdir(os.path.join(path, "spaces")):
+                if ".new-" in name:
+                    shutil.rmtree(os.path.join(path, "spaces", name), ignore_errors=True)
+            return cls(path, lock_fd, ChunkIndex(os.path.join(path, "index")))
+        except OSError as error:
+            os.close(lock_fd)
+            raise write_error(error, path) from error
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    @property
+    def index(self) -> ChunkIndex:
+        """The chunk index; only the lock's holder has one."""
+        if self._index is None:
+            raise CacheError(f"cache directory {self.path} is open for looking only")
+        return self._index
+
+    def add_image(
+        self, manifest_bytes: bytes, bootstrap_bytes: bytes, chunk_map_bytes: bytes, reference: str = ""
+    ) -> CachedImage:
+        """Keep the metadata of an image; return it. What is there already stays."""
+        digest = Digest.of(manifest_bytes)
+        directory = self._image_directory(digest)
+        if not os.path.isdir(directory):
+            temporary = f"{directory}.new-{os.getpid()}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                os.makedirs(temporary, mode=0o700)
+                for name, data in zip(_IMAGE_FILES, (manifest_bytes, bootstrap_bytes, chunk_map_bytes), strict=True):
+                    _write_synced(os.path.join(temporary, name), data)
+                os.rename(temporary, directory)
+            except OSError as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise write_error(error, directory) from error
+        image = CachedImage(digest, directory)
+        if reference and reference not in image.references():
+            data = json.dumps([reference, *image.references()][:64]).encode()
+            replace_file(os.path.join(directory, "references"), data)
+        return image
+
+    def image(self, digest: Digest) -> CachedImage | None:
+        """Return a cached image; None if it is not here or its manifest is not what its name says."""
+        directory = self._image_directory(digest)
+        try:
+            manifest = Path(directory, "manifest.json").read_bytes()
+        except OSError:
+            return None
+        if Digest.of(manifest) != digest or not all(os.path.isfile(os.path.join(directory, n)) for n in _IMAGE_FILES):
+            _log.warning("cached image %s is damaged and is left aside", digest)
+            shutil.rmtree(directory, ignore_errors=True)
+            return None
+        return CachedImage(digest, directory)
+
+    def images(self) -> list[CachedImage]:
+        """Return all cached images."""
+        found = []
+        for name in sorted(os.listdir(os.path.join(self.path, "images"))):
+            with contextlib.suppress(FormatError):
+                image = self.image(Digest(f"sha256:{name}"))
+                if image:
+                    found.append(image)
+        return found
+
+    def find_by_reference(self, reference: str) -> CachedImage | None:
+        """Return the image that last came under this reference, for mounting while the registry is away."""
+        found = [image for image in self.images() if reference in image.references()]
+        return max(found, key=lambda image: os.path.getmtime(os.path.join(image.directory, "references")), default=None)
+
+    def space_directory(self, space_id: bytes) -> str:
+        """Return where a data space is or would be."""
+        return os.path.join(self.path, "spaces", space_id.hex())
+
+    def open_space(self, table: SpaceTable) -> DataSpace:
+        """Return the data space of this content table, created or reopened; one object per space."""
+        with self._mutex:
+            space = self._spaces.get(table.space_id)
+            if space is None:
+                space = self._open_or_create(table)
+                self._spaces[space.space_id] = space
+            return space
+
+    def opened_space(self, space_id: bytes) -> DataSpace | None:
+        """Return a data space if it is open, or can be opened as it is on disk; None otherwise. Blocking."""
+        with self._mutex:
+            space = self._spaces.get(space_id)
+            if space is None and os.path.isdir(self.space_directory(space_id)):
+                with contextlib.suppress(FormatError):
+                    space = self._reopen(self.space_directory(space_id))
+                    self._spaces[space_id] = space
+            return space
+
+    def spaces(self) -> list[SpaceSummary]:
+        """Return a summary of every data space on disk. Reads presence maps only."""
+        users: dict[bytes, list[str]] = {}
+        for image in self.images():
+            with contextlib.suppress(FormatError, OSError):
+                for slot in image.bootstrap().spaces:
+                    users.setdefault(bytes.fromhex(slot.tag.decode()), []).append(str(image.digest))
+        found = []
+        for name in sorted(os.listdir(os.path.join(self.path, "spaces"))):
+            summary = _summarise(os.path.join(self.path, "spaces", name))
+            if summary:
+                summary.images = users.get(summary.space_id, [])
+                found.append(summary)
+        return found
+
+    def sync(self) -> None:
+        """Sync every dirty data space and enter what became durable in the index. Blocking."""
+        for space in list(self._spaces.values()):
+            if space.dirty:
+                durable = space.sync()
+                self.index.put_many((space.table.digest(i), space.space_id, i) for i in durable)
+
+    def remove_image(self, digest: Digest) -> None:
+        """Forget the metadata of an image. The caller has made sure that no mount uses it."""
+        shutil.rmtree(self._image_directory(digest), ignore_errors=True)
+
+    def remove_space(self, space_id: bytes) -> int:
+        """Delete a data space and return the bytes that were present. The caller has made sure that no mount uses it."""
+        space = self.opened_space(space_id)
+        freed = space.present_bytes if space else 0
+        with self._mutex:
+            self._spaces.pop(space_id, None)
+            if space is not None:
+                if self._index is not None:
+                    self._index.remove_space(space_id, (space.table.digest(i) for i in range(space.table.count)))
+                space.close(clean=False)
+            directory = self.space_directory(space_id)
+            doomed = f"{directory}.new-removed"
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(directory, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return freed
+
+    def close(self, *, clean: bool = True) -> None:
+        """Sync, close and give the lock back."""
+        if clean and self._index is not None:
+            with contextlib.suppress(CacheError):
+                self.sync()
+        for space in self._spaces.values():
+            space.close(clean=clean)
+        self._spaces.clear()
+        if self._index is not None:
+            self._index.close()
+            self._index = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _image_directory(self, digest: Digest) -> str:
+        return os.path.join(self.path, "images", digest.hex)
+
+    def _open_or_create(self, table: SpaceTable) -> DataSpace:
+        directory = self.space_directory(table.space_id)
+        if os.path.isdir(directory):
+            try:
+                return self._reopen(directory)
+            except FormatError as error:
+                aside = f"{directory}.new-damaged-{int(time.time())}"
+                _log.warning("data space set aside and made anew: %s", error)
+                os.rename(directory, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+        create(directory, table)
+        return self._reopen(directory)
+
+    def _reopen(self, directory: str) -> DataSpace:
+        space, trusted = open_space_directory(directory)
+        if self._index is not None:
+            if not trusted:
+                space.recover()
+            space.write_record(clean=False)
+        return space
+
+
+def _summarise(directory: str) -> SpaceSummary | None:
+    try:
+        record = json.loads(Path(directory, "record").read_bytes())
+        present = Path(directory, "present").read_bytes()
+        table = SpaceTable(Path(directory, "chunks").read_bytes(), int(record["size"]))
+        if table.count != len(present):
+            return None
+        present_bytes = sum(table.extent(i)[1] for i in _marked(present))
+        return SpaceSummary(
+            space_id=bytes.fromhex(os.path.basename(directory)),
+            size=table.size,
+            chunks=table.count,
+            present_chunks=len(present) - present.count(0),
+            present_bytes=present_bytes,
+            last_used=float(record.get("last_used", 0)),
+        )
+    except (OSError, ValueError, KeyError, TypeError, FormatError):
+        return None
+
+
+def _marked(present: bytes) -> Iterator[int]:
+    return (index for index, mark in enumerate(present) if mark)
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,71 @@
+"""A data space as a FUSE worker sees it: read-only, by file, with no library but the standard one and blake3.
+
+Rule: reads go through pread, never through a mapping of the data file, since an I/O error under a mapping is SIGBUS and would kill the
+worker; the presence map alone is mapped. Bytes are read only after the map says that their chunks are present.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from pathlib import Path
+
+from ..errors import CacheError, FormatError
+from ..format.space_table import SpaceTable
+
+
+class SpaceView:
+    """An open view. Single-threaded."""
+
+    def __init__(self, directory: str) -> None:
+        try:
+            record = json.loads(Path(directory, "record").read_bytes())
+            with open(os.path.join(directory, "chunks"), "rb") as file:
+                count = os.fstat(file.fileno()).st_size
+                self._chunks = mmap.mmap(file.fileno(), count, prot=mmap.PROT_READ) if count else None
+            chunks = memoryview(self._chunks) if self._chunks is not None else memoryview(b"")
+            self.table = SpaceTable(chunks, int(record["size"]))
+            self._data = os.open(os.path.join(directory, "data"), os.O_RDONLY | os.O_CLOEXEC)
+            with open(os.path.join(directory, "present"), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._present = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) if size else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"data space {directory} cannot be opened: {error}") from error
+        if size != self.table.count:
+            raise FormatError(f"{directory}/present is {size} bytes, expected {self.table.count}")
+        self.space_id = bytes.fromhex(os.path.basename(directory))
+        self._complete = False
+
+    def is_present(self, first: int, stop: int) -> bool:
+        """Tell whether chunks [first, stop) are all present."""
+        if self._complete or self._present is None or first >= stop:
+            return True
+        if self._present.find(b"\0", first, stop) >= 0:
+            return False
+        if first == 0 and stop == self.table.count:
+            self._complete = True
+        return True
+
+    def covering(self, offset: int, length: int) -> range:
+        """Return the chunks that overlap [offset, offset+length)."""
+        return self.table.covering(offset, length)
+
+    def check_complete(self) -> bool:
+        """Look whether every chunk is present, once and for all: nothing that is mounted is evicted."""
+        return self.is_present(0, self.table.count)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset` of the space. Raises CacheError. The caller has checked presence."""
+        try:
+            got = os.preadv(self._data, [buffer], offset)
+        except OSError as error:
+            raise CacheError(f"cached data: {error.strerror}") from error
+        if got != len(buffer):
+            raise CacheError(f"cached data ends at byte {offset + got}, expected {offset + len(buffer)}")
+
+    def close(self) -> None:
+        """Close files and mappings."""
+        os.close(self._data)
+        if self._present is not None:
+            self._present.close()
