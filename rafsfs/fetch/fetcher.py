@@ -1,0 +1,555 @@
+"""The fetch pipeline of a node: whoever needs chunks says so, each chunk is got once.
+
+A chunk that is wanted goes through these steps: single-flight table → queue (demand before prefetch) → copy from another data
+space that has the same digest → ranged read of a blob, merged with its neighbours → decode, digest, pwrite, mark, in one hop to a
+thread → waiters woken.
+
+Concurrency. All state below belongs to the trio thread and changes only between checkpoints, so it needs no locks; threads
+touch only the buffers handed to them and DataSpace (which is thread-safe). Tasks: `connections` workers, owned by the nursery of
+`open_fetcher`; `demand_reserve` of them take demand only. A waiter that is cancelled leaves the flight to the others; a flight
+whose waiters have all gone is finished if it has begun, dropped if it waits. Closing the fetcher fails all flights.
+Memory: at most `buffer_bytes` of stored bytes in buffers, and the decoded chunk of each busy thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import trio
+
+from ..errors import (
+    CacheError,
+    DaemonError,
+    DeadlineError,
+    FormatError,
+    IntegrityError,
+    RafsError,
+    RemoteError,
+    UnavailableError,
+)
+from ..format.chunk_map import ChunkMap
+from ..format.codec import chunk_digest, codec_name, decode
+from ..interfaces import BlobStream, ImageStore
+from ..store.cache import Cache
+from ..store.data_space import DataSpace
+from .plan import RangeRead, Wanted, plan_reads
+from .readahead import Readahead
+
+_log = logging.getLogger(__name__)
+
+_RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
+"""Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSettings:
+    """Bounds of the pipeline."""
+
+    deadline_s: float = 60.0
+    """A waiter gets an error after this long."""
+    connections: int = 8
+    """Ranged reads at once: enough to fill a 10 Gbit/s link at 5 ms with 8 MiB reads."""
+    demand_reserve: int = 2
+    """Of these, never used by prefetch."""
+    merge_bytes: int = 4 << 20
+    """Longest merged read: at 1 GB/s, 4 ms before the next decision."""
+    buffer_bytes: int = 64 << 20
+    """Stored bytes in memory at once."""
+    readahead_bytes: int = 32 << 20
+    """Largest window ahead of a sequential reader."""
+    threads: int = 4
+    """Threads that decode, hash and write."""
+
+
+class Priority(IntEnum):
+    """Who waits."""
+
+    DEMAND = 0
+    PREFETCH = 1
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """Where the chunks of an image can be had: its chunk map and its store."""
+
+    name: str
+    chunk_map: ChunkMap
+    store: ImageStore
+    spaces: dict[bytes, int]
+    """Space id → number in the chunk map."""
+    bytes_by_origin: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One chunk on its way."""
+
+    space: DataSpace
+    index: int
+    priority: Priority
+    done: trio.Event
+    waiters: int = 0
+    started: bool = False
+    error: RafsError | None = None
+    origin: str = ""
+    """Where the bytes came from, once they have: "origin" or "local"."""
+    cause: RafsError | None = None
+    """Why the last attempt failed, for whoever gives up first."""
+    corrupt: int = 0
+    """How often what came did not match its digest."""
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        return self.space.space_id, self.index
+
+
+class Fetcher:
+    """The pipeline. Made by `open_fetcher`."""
+
+    def __init__(self, cache: Cache, settings: FetchSettings) -> None:
+        self._cache = cache
+        self.settings = settings
+        self._sources: list[Source] = []
+        self._flights: dict[tuple[bytes, int], _Flight] = {}
+        self._queues: tuple[deque[_Flight], deque[_Flight]] = (deque(), deque())
+        self._wake: trio.Event = trio.Event()
+        self._threads = trio.CapacityLimiter(settings.threads)
+        self._buffers = _Budget(settings.buffer_bytes)
+        self._readahead: dict[bytes, Readahead] = {}
+        self._closed = False
+        self.counters: Counter[str] = Counter()
+        self._warned: dict[str, float] = {}
+
+    def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
+        """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
+        spaces: dict[bytes, int] = {}
+        for space in chunk_map.spaces:
+            table = chunk_map.table(space.index)
+            self._cache.open_space(table)
+            spaces[table.space_id] = space.index
+        source = Source(name, chunk_map, store, spaces)
+        self._sources.append(source)
+        return source
+
+    def remove_source(self, source: Source) -> None:
+        """Take a source out. Flights that use it finish or fail by themselves."""
+        if source in self._sources:
+            self._sources.remove(source)
+
+    async def ensure(
+        self,
+        space_id: bytes,
+        chunks: Iterable[int],
+        *,
+        priority: Priority = Priority.DEMAND,
+        deadline_s: float | None = None,
+        on_behalf: Counter[str] | None = None,
+    ) -> None:
+        """Return when all of `chunks` of a data space are present.
+
+        Raises the cause for the first that cannot be had, DeadlineError after `deadline_s` (the setting if None). `on_behalf`
+        counts bytes by where they came from. Cancel-safe: other waiters keep their flights.
+        """
+        space = self._cache.opened_space(space_id)
+        if space is None:
+            raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
+        wanted = space.missing(chunks)
+        if priority is Priority.DEMAND:
+            self._read_ahead(space, chunks)
+        if not wanted:
+            return
+        flights = [self._join(space, index, priority) for index in wanted]
+        limit = self.settings.deadline_s if deadline_s is None else deadline_s
+        try:
+            with trio.move_on_after(limit) as scope:
+                for flight in flights:
+                    await flight.done.wait()
+            if scope.cancelled_caught:
+                raise self._late(flights, limit)
+        finally:
+            for flight in flights:
+                flight.waiters -= 1
+        for flight in flights:
+            if flight.error is not None:
+                raise flight.error
+            if on_behalf is not None:
+                on_behalf[flight.origin] += space.table.extent(flight.index)[1]
+
+    async def prefetch_all(self, source: Source, *, on_behalf: Counter[str] | None = None) -> None:
+        """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises."""
+        window = max(self.settings.readahead_bytes * 2, 1)
+        for space_id in source.spaces:
+            space = self._cache.opened_space(space_id)
+            if space is None:
+                continue
+            async with trio.open_nursery() as nursery:
+                limiter = trio.Semaphore(2)
+                for batch in _batches(space, window // 2):
+                    await limiter.acquire()
+                    nursery.start_soon(self._fill, space_id, batch, limiter, on_behalf)
+
+    async def _fill(
+        self, space_id: bytes, batch: list[int], limiter: trio.Semaphore, on_behalf: Counter[str] | None
+    ) -> None:
+        try:
+            await self.ensure(space_id, batch, priority=Priority.PREFETCH, deadline_s=math.inf, on_behalf=on_behalf)
+        finally:
+            limiter.release()
+
+    def _join(self, space: DataSpace, index: int, priority: Priority) -> _Flight:
+        """Return the flight of a chunk with one more waiter; no checkpoint."""
+        flight = self._flights.get((space.space_id, index))
+        if flight is None:
+            if self._closed:
+                raise DaemonError("the daemon is stopping")
+            flight = _Flight(space, index, priority, trio.Event())
+            self._flights[flight.key] = flight
+            self._enqueue(flight)
+        elif priority < flight.priority:
+            flight.priority = priority
+            if not flight.started:
+                self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
+                self._notify()
+        flight.waiters += 1
+        return flight
+
+    def _enqueue(self, flight: _Flight) -> None:
+        self._queues[flight.priority].append(flight)
+        self._notify()
+
+    def _notify(self) -> None:
+        self._wake.set()
+        self._wake = trio.Event()
+
+    def _read_ahead(self, space: DataSpace, chunks: Iterable[int]) -> None:
+        numbers = list(chunks)
+        if not numbers or space.complete:
+            return
+        ahead = self._readahead.get(space.space_id)
+        if ahead is None:
+            mean = max(1, space.size // max(1, space.table.count))
+            limit = max(1, self.settings.readahead_bytes // mean)
+            ahead = self._readahead[space.space_id] = Readahead(space.table.count, limit)
+        for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1)):
+            if (space.space_id, index) not in self._flights and not self._closed:
+                flight = _Flight(
+                    space, index, Priority.PREFETCH, trio.Event(), waiters=1
+                )  # wanted by the window itself
+                self._flights[flight.key] = flight
+                self._enqueue(flight)
+
+    async def run_worker(self, *, demand_only: bool) -> None:
+        """Take flights and fly them, for ever."""
+        while True:
+            wake = self._wake
+            batch = self._take(demand_only=demand_only)
+            if not batch:
+                await wake.wait()
+                continue
+            try:
+                await self._fly(batch)
+            except RafsError as error:
+                for flight in batch:
+                    self._land(flight, error)
+            finally:
+                for flight in batch:
+                    if not flight.done.is_set():
+                        self._land(flight, DaemonError("the fetch was given up"))
+
+    def _take(self, *, demand_only: bool) -> list[_Flight]:
+        """Take the next flight and its queued neighbours, up to one merged read."""
+        first: _Flight | None = None
+        for queue in self._queues[: 1 if demand_only else 2]:
+            while queue and first is None:
+                candidate = queue.popleft()
+                if candidate.started:
+                    continue
+                if not candidate.waiters:
+                    self._flights.pop(candidate.key, None)
+                    candidate.error = DaemonError("nobody waits for the chunk any more")
+                    candidate.done.set()
+                    continue
+                first = candidate
+        if first is None:
+            return []
+        first.started = True
+        batch, size = [first], first.space.table.extent(first.index)[1]
+        index = first.index + 1
+        while size < self.settings.merge_bytes:
+            following = self._flights.get((first.space.space_id, index))
+            if following is None or following.started or not following.waiters:
+                break
+            if demand_only and following.priority is not Priority.DEMAND:
+                break
+            following.started = True
+            batch.append(following)
+            size += following.space.table.extent(index)[1]
+            index += 1
+        return batch
+
+    async def _fly(self, batch: list[_Flight]) -> None:
+        waiting = await self._copy_local(batch)
+        attempt = 0
+        started = trio.current_time()
+        while waiting:
+            cause = await self._try_sources(waiting)
+            waiting = [flight for flight in waiting if not flight.done.is_set()]
+            if not waiting:
+                return
+            for flight in list(waiting):
+                if flight.corrupt >= 2 or not isinstance(cause, (UnavailableError, IntegrityError)):
+                    self._land(flight, cause)
+                    waiting.remove(flight)
+            if not waiting or not any(flight.waiters for flight in waiting):
+                for flight in waiting:
+                    self._land(flight, cause)
+                return
+            if trio.current_time() - started > self.settings.deadline_s:
+                for flight in waiting:
+                    self._land(flight, cause)
+                return
+            for flight in waiting:
+                flight.cause = cause
+            self._warn(waiting, cause)
+            self.counters["retries"] += 1
+            await trio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+            attempt += 1
+
+    async def _try_sources(self, flights: list[_Flight]) -> RafsError:
+        """Try every source for the flights that have not landed; return the last cause of failure."""
+        cause: RafsError = UnavailableError("no source offers the data space")
+        for source in list(self._sources):
+            left = [flight for flight in flights if not flight.done.is_set()]
+            if not left:
+                break
+            number = source.spaces.get(left[0].space.space_id)
+            if number is None:
+                continue
+            by_index = {flight.index: flight for flight in left}
+            try:
+                wanted = [Wanted(index, source.chunk_map.stored(number, index)) for index in by_index]
+                for read in plan_reads(wanted, self.settings.merge_bytes):
+                    failure = await self._read(source, read, by_index)
+                    cause = failure or cause
+            except (FormatError, RemoteError) as error:
+                cause = error
+        return cause
+
+    async def _read(self, source: Source, read: RangeRead, by_index: dict[int, _Flight]) -> RafsError | None:
+        """Do one ranged read; each chunk lands as soon as its bytes are here. Return the failure, if any."""
+        blob = source.chunk_map.blobs[read.blob].digest
+        failure: RafsError | None = None
+        async with self._buffers.reserve(read.length), trio.open_nursery() as nursery:
+            try:
+                async with source.store.open_range(blob, read.offset, read.length) as stream:
+                    position = read.offset
+                    for wanted in read.chunks:
+                        stored = wanted.stored
+                        if stored.offset < position:  # a second chunk with the same stored bytes
+                            nursery.start_soon(self._copy_after, by_index[wanted.index], read, by_index)
+                            continue
+                        await _skip(stream, stored.offset - position)
+                        buffer = bytearray(stored.stored_size)
+                        await stream.readinto(memoryview(buffer))
+                        position = stored.offset + stored.stored_size
+                        nursery.start_soon(self._finish, source, by_index[wanted.index], wanted, buffer)
+            except RafsError as error:
+                failure = _named(error, f"{source.name}: blob {blob}, chunks {_numbers(read)}")
+        corrupt = [flight for flight in by_index.values() if flight.error is not None and not flight.done.is_set()]
+        if corrupt:
+            failure = corrupt[0].error
+            for flight in corrupt:
+                flight.error = None
+        return failure
+
+    async def _finish(self, source: Source, flight: _Flight, wanted: Wanted, buffer: bytearray) -> None:
+        """Decode, verify, write and mark one chunk in a thread. A failure is left in flight.error for `_read`."""
+        stored = wanted.stored
+
+        def work() -> None:
+            if codec_name(stored.codec) == "raw":
+                data = buffer
+                if len(data) != stored.length:
+                    raise FormatError(f"raw chunk of {len(data)} bytes, expected {stored.length}")
+            else:
+                data = bytearray(stored.length)
+                decode(stored.codec, stored.param, memoryview(buffer), memoryview(data))
+            flight.space.store(flight.index, data)
+
+        try:
+            await trio.to_thread.run_sync(work, limiter=self._threads)
+        except (FormatError, IntegrityError) as error:
+            flight.corrupt += 1
+            self.counters["corrupt"] += 1
+            blob = source.chunk_map.blobs[stored.blob].digest
+            flight.error = IntegrityError(
+                f"{source.name}: blob {blob}, chunk {flight.index} of data space {flight.space.space_id.hex()[:16]}: {error}"
+            )
+        except CacheError as error:
+            self._land(flight, error)
+        else:
+            flight.origin = "origin"
+            source.bytes_by_origin["origin"] += stored.length
+            self._land(flight, None)
+
+    async def _copy_after(self, flight: _Flight, read: RangeRead, by_index: dict[int, _Flight]) -> None:
+        """Serve a chunk whose bytes equal those of another chunk of the same read, once that one has landed."""
+        digest = flight.space.table.digest(flight.index)
+        for wanted in read.chunks:
+            twin = by_index[wanted.index]
+            if twin is not flight and flight.space.table.digest(wanted.index) == digest:
+                await twin.done.wait()
+                if twin.error is None and await self._copy(flight, twin.space, twin.index):
+                    self._land(flight, None)
+                return
+
+    async def _copy_local(self, batch: list[_Flight]) -> list[_Flight]:
+        """Serve what another data space of this node has; return the rest."""
+        rest = []
+        for flight in batch:
+            place = self._cache.index.find(flight.space.table.digest(flight.index))
+            if place is not None and place != flight.key:
+                space = self._cache.opened_space(place[0])
+                if space is not None and place[1] < space.table.count and space.is_present(place[1]):
+                    try:
+                        if await self._copy(flight, space, place[1]):
+                            self._land(flight, None)
+                            continue
+                    except CacheError as error:
+                        self._land(flight, error)
+                        continue
+            rest.append(flight)
+        return rest
+
+    async def _copy(self, flight: _Flight, space: DataSpace, index: int) -> bool:
+        """Copy a chunk from another place, verified before it is visible. Return whether it was what was needed."""
+
+        def work() -> bool:
+            data = space.read(index)
+            if chunk_digest(data) != flight.space.table.digest(flight.index):
+                return False
+            flight.space.store(flight.index, data, verified=True)
+            return True
+
+        if await trio.to_thread.run_sync(work, limiter=self._threads):
+            flight.origin = "local"
+            return True
+        return False
+
+    def _land(self, flight: _Flight, error: RafsError | None) -> None:
+        """End a flight; no checkpoint."""
+        if flight.done.is_set():
+            return
+        flight.error = error
+        self._flights.pop(flight.key, None)
+        self.counters["failed" if error else "landed"] += 1
+        flight.done.set()
+        if error is not None and not isinstance(error, DaemonError):
+            self._warn([flight], error)
+
+    def _late(self, flights: list[_Flight], limit: float) -> DeadlineError:
+        late = next((flight for flight in flights if not flight.done.is_set()), flights[0])
+        cause = f": {late.cause}" if late.cause else ""
+        return DeadlineError(
+            f"chunk {late.index} of data space {late.space.space_id.hex()[:16]} did not come within {limit:g} s{cause}"
+        )
+
+    def _warn(self, flights: list[_Flight], cause: RafsError) -> None:
+        """Log a cause, at most once a second for the same one."""
+        text = str(cause)
+        now = trio.current_time()
+        if now - self._warned.get(text, -math.inf) < 1:
+            return
+        if len(self._warned) > 1000:
+            self._warned.clear()
+        self._warned[text] = now
+        first = flights[0]
+        _log.warning(
+            "fetch failed: space=%s chunk=%d waiting=%d cause=%s",
+            first.space.space_id.hex()[:16],
+            first.index,
+            len(flights),
+            text,
+        )
+
+    def close(self) -> None:
+        """Fail everything that waits; called when the workers have been cancelled."""
+        self._closed = True
+        for flight in list(self._flights.values()):
+            self._land(flight, DaemonError("the daemon is stopping"))
+
+
+class _Budget:
+    """Bytes that may be in buffers at once. A request larger than all of it waits until nothing else is out."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._changed = trio.Event()
+
+    @asynccontextmanager
+    async def reserve(self, size: int) -> AsyncIterator[None]:
+        while self._used and self._used + size > self._limit:
+            await self._changed.wait()
+        self._used += size
+        try:
+            yield
+        finally:
+            self._used -= size
+            self._changed.set()
+            self._changed = trio.Event()
+
+
+@asynccontextmanager
+async def open_fetcher(cache: Cache, settings: FetchSettings) -> AsyncIterator[Fetcher]:
+    """Run a fetch pipeline over `cache` until the block ends; then all that waits fails with DaemonError."""
+    fetcher = Fetcher(cache, settings)
+    async with trio.open_nursery() as nursery:
+        for number in range(settings.connections):
+            nursery.start_soon(_worker, fetcher, number < settings.demand_reserve)
+        try:
+            yield fetcher
+        finally:
+            nursery.cancel_scope.cancel()
+            fetcher.close()
+
+
+async def _worker(fetcher: Fetcher, demand_only: bool) -> None:
+    await fetcher.run_worker(demand_only=demand_only)
+
+
+async def _skip(stream: BlobStream, length: int) -> None:
+    if length:
+        await stream.readinto(memoryview(bytearray(length)))
+
+
+def _batches(space: DataSpace, size: int) -> Iterable[list[int]]:
+    """Yield the missing chunks of a space in order, in batches of about `size` bytes."""
+    batch: list[int] = []
+    held = 0
+    for index in range(space.table.count):
+        if space.is_present(index):
+            continue
+        batch.append(index)
+        held += space.table.extent(index)[1]
+        if held >= size:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _numbers(read: RangeRead) -> str:
+    first, last = read.chunks[0].index, read.chunks[-1].index
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def _named(error: RafsError, where: str) -> RafsError:
+    """Return the same kind of error, its message led by where it happened."""
+    return type(error)(f"{where}: {error}")

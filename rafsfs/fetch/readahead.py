@@ -1,0 +1,56 @@
+"""How far ahead of a sequential reader to fetch. Pure: demanded chunks in, chunks to prefetch out.
+
+Streams are recognised by position in the data space, not by who asks: several readers of one file interleave, and a FUSE
+request says nothing of file handles. Rule: the first access of a stream fetches nothing extra, so that opening a model and
+reading one tensor costs one tensor; only when the chunk behind a stream's end is asked for does its window open, and double.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+_STREAMS: Final = 32
+"""Streams remembered per data space."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    ahead_to: int
+    """Chunk up to which prefetch was asked for."""
+    window: int
+    """Chunks."""
+
+
+class Readahead:
+    """The streams of one data space of `count` chunks. `limit` is the largest window, in chunks."""
+
+    def __init__(self, count: int, limit: int) -> None:
+        self._count = count
+        self._limit = limit
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+
+    def advance(self, first: int, stop: int) -> range:
+        """Note a demand for chunks [first, stop); return the chunks to prefetch, possibly none."""
+        stream = self._streams.pop(first, None)
+        if stream is None and stop - first > 1:
+            stream = self._streams.pop(first + 1, None)  # requests that overlap by a chunk continue a stream too
+        if stream is None:
+            inside = next(
+                (end for end, known in self._streams.items() if end <= first and stop <= known.ahead_to), None
+            )
+            stream = self._streams.pop(inside) if inside is not None else None
+        if stream is None:
+            stream = _Stream(stop, 0)
+            ahead = range(0)
+        else:
+            stream.window = min(self._limit, max(2, stream.window * 2))
+            target = min(self._count, stop + stream.window)
+            start = max(stop, stream.ahead_to)
+            ahead = range(start, target) if target - start >= min(stream.window // 2, 1) else range(0)
+            stream.ahead_to = max(stream.ahead_to, target)
+        self._streams[stop] = stream
+        if len(self._streams) > _STREAMS:
+            self._streams.popitem(last=False)
+        return ahead
