@@ -55,7 +55,7 @@ def every_kind() -> tuple[Node, list[SpaceSpec], list[bytes]]:
     at[b"one piece"] = file(0o600, size=3 * MIB + 17, extents=[Extent(0, 3 * MIB + 17, 0, 4096)])
     at[b"two pieces"] = file(size=5 * MIB, extents=[Extent(0, 4 * MIB, 0, 4 * MIB), Extent(4 * MIB, MIB, 1, 0)])
     at[b"same bytes"] = file(size=2 * MIB, extents=[Extent(0, 2 * MIB, 0, 4096)], uid=0xFFFFFFFE, gid=70000)
-    at[b"sparse"] = file(size=(1 << 40) + 5, extents=[Extent(1 << 30, MIB, 1, MIB), Extent(1 << 39, MIB, 0, 0)])
+    at[b"sparse"] = file(size=(1 << 33) + 5, extents=[Extent(1 << 30, MIB, 1, MIB), Extent(1 << 32, MIB, 0, 0)])
     at[b"hole then data"] = file(size=MIB + 100, extents=[Extent(MIB, 100, 1, 8192)])
     at[b"hole"] = file(size=12345)
     at[b"attributes"] = file(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rafsfs.format.bootstrap import Bootstrap
-from rafsfs.format.bootstrap_writer import Node, SpaceSpec, write_bootstrap
+from rafsfs.format.bootstrap_writer import Node, SpaceSpec, plan_data_ranges, write_bootstrap
 from tests.support.kernel_erofs import KernelRefusedError, kernel_mount, why_no_kernel_mount
 
 from .erofs_trees import (
@@ -114,6 +114,26 @@ def test_kernel_reads_the_bytes_of_every_file(tmp_path: Path) -> None:
                 assert os.pread(fd, 100, node.size - 50) == bytes(50)
             finally:
                 os.close(fd)
+
+
+def test_kernel_reads_a_sparse_file_of_more_than_a_tebibyte(tmp_path: Path) -> None:
+    size, data_at = (3 << 40) + 4097, (2 << 40) + 123_456
+    (planned,) = plan_data_ranges(size, [(data_at, 10)], 4 << 30)
+    contents = [bytearray(planned[1])]
+    contents[0][data_at - planned[0] : data_at - planned[0] + 10] = b"0123456789"
+    root = directory()
+    root.children[b"sparse"] = file(size=size, extents=[Extent(planned[0], planned[1], 0, 0)])
+    image = Image(tmp_path, root, [SpaceSpec(space_id(0), planned[1])], contents)
+    assert len(image.data) < 1 << 20
+    with image.mount() as top:
+        fd = os.open(f"{top}/sparse", os.O_RDONLY)
+        try:
+            assert os.fstat(fd).st_size == size
+            assert os.pread(fd, 30, data_at - 10) == bytes(10) + b"0123456789" + bytes(10)
+            for offset in (0, 1 << 40, planned[0] - 100, sum(planned) - 50, size - 100):
+                assert os.pread(fd, 100, offset) == bytes(100)
+        finally:
+            os.close(fd)
 
 
 def test_kernel_mounts_a_bootstrap_without_data_spaces(tmp_path: Path) -> None:
