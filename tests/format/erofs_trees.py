@@ -103,6 +103,36 @@ def every_kind() -> tuple[Node, list[SpaceSpec], list[bytes]]:
     return root, spaces, contents
 
 
+def golden() -> tuple[Node, list[SpaceSpec]]:
+    """A small tree with every kind of inode and layout: the golden bootstrap's, see fixtures/README.md."""
+    spaces = [SpaceSpec(bytes(range(32)), 8 * MIB), SpaceSpec(bytes(range(32, 64)), 3 * MIB + 5)]
+    root = directory(0o755, uid=1, gid=2, mtime_ns=1_700_000_000_123_456_789)
+    at = root.children
+    at[b"config.json"] = file(0o640, inline=b'{"a": 1}', uid=1000, gid=100, mtime_ns=1_234_567_890_987_654_321)
+    at[b"hard link"] = at[b"config.json"]
+    at[b"empty"] = file(0o4755, mtime_ns=1)
+    at[b"one piece"] = file(0o600, size=3 * MIB + 17, extents=[Extent(0, 3 * MIB + 17, 0, 4096)])
+    at[b"two pieces"] = file(size=5 * MIB, extents=[Extent(0, 4 * MIB, 0, 4 * MIB), Extent(4 * MIB, MIB, 1, 0)])
+    at[b"sparse"] = file(size=(1 << 26) + 5, extents=[Extent(1 << 25, MIB, 1, MIB), Extent(1 << 26, 5, 0, 0)])
+    at[b"hole"] = file(size=(1 << 41) + 1)
+    at[b"attributes"] = file(
+        inline=b"x" * 50,
+        xattrs={b"user.a": b"1", b"trusted.b": b"", b"security.c": b"\0", b"system.posix_acl_access": ACCESS},
+    )
+    at[b"link"] = symlink(b"config.json", mtime_ns=-1)
+    at[b"long link"] = symlink(b"t" * 4095)
+    at[b"char"] = Node(stat.S_IFCHR | 0o666, rdev=os.makedev(1, 3))
+    at[b"block"] = Node(stat.S_IFBLK | 0o660, rdev=os.makedev(259, 70000))
+    at[b"fifo"] = Node(stat.S_IFIFO | 0o600)
+    at[b"socket"] = Node(stat.S_IFSOCK | 0o755)
+    at[b"!d"] = directory(0o1777, mtime_ns=-1_500_000_000)
+    at[b"!d"].children[b"again"] = at[b"config.json"]
+    at[b"!d"].children[b"\xff\xfe"] = directory(0o700)
+    for index in range(30):
+        at[b"%02d" % index + b"n" * 253] = file(inline=b"%d" % index)
+    return root, spaces
+
+
 def content(node: Node, contents: list[bytes], first: int, stop: int) -> bytes:
     """Bytes [first, stop) of a regular file as its node and its data spaces tell."""
     if node.inline is not None:

@@ -16,7 +16,7 @@ from rafsfs.errors import UnsupportedError
 from rafsfs.format.bootstrap import Bootstrap
 from rafsfs.format.bootstrap_writer import Extent, Node, SpaceSpec, write_bootstrap
 
-from .erofs_trees import MIB, content, directory, every_kind, file, file_size, paths, pattern, space_id, symlink
+from .erofs_trees import MIB, content, directory, every_kind, file, file_size, golden, paths, pattern, space_id, symlink
 
 pytestmark = pytest.mark.skipif(shutil.which("fsck.erofs") is None, reason="erofs-utils is not installed")
 
@@ -97,6 +97,11 @@ def test_fsck_accepts_files_through_data_spaces(many: int, tmp_path: Path) -> No
 
 def test_fsck_accepts_every_kind_at_once(tmp_path: Path) -> None:
     fsck(tmp_path, *every_kind())
+
+
+def test_fsck_accepts_the_golden_bootstrap(tmp_path: Path) -> None:
+    root, spaces = golden()
+    fsck(tmp_path, root, spaces, [bytes(space.size + -space.size % 4096) for space in spaces])
 
 
 def test_fsck_extracts_the_same_tree(tmp_path: Path) -> None:
