@@ -1,8 +1,8 @@
 """Source trees for tests: every kind of inode an image can hold, made by the calls that users' tools make.
 
 Needs root (device nodes, owners, trusted and security xattrs) and a file system that holds all of it: ext4 and xfs do;
-tmpfs lacks user xattrs before Linux 6.6, and refuses nothing else here. Rule: the tree is a function of its arguments, so
-that two builds of it can be compared. `make_tree` raises what the file system raises: a tree that lacks a kind would
+tmpfs lacks user xattrs before Linux 6.6, and refuses nothing else here. Rule: the tree is a function of its arguments,
+so that two builds of it can be compared. `make_tree` raises what the file system raises: a tree that lacks a kind would
 prove less than it claims.
 """
 
@@ -14,7 +14,6 @@ import socket
 import stat
 import struct
 import subprocess
-from pathlib import Path
 from typing import Final
 
 KIB: Final = 1024
@@ -58,8 +57,8 @@ def pattern(size: int, seed: int) -> bytes:
 def make_tree(top: str | bytes | os.PathLike[str], *, entries: int = 2_000, terabyte: bool = False) -> None:
     """Make a tree with every kind of inode below the new directory `top`.
 
-    `entries`: names in the big directory. `terabyte`: also a file of more than 1 TiB that is nearly all hole; tools that
-    read whole files (diff, rsync) must then be kept off it.
+    `entries`: names in the big directory. `terabyte`: also a file of more than 1 TiB that is nearly all hole; tools
+    that read whole files (diff, rsync) must then be kept off it.
     """
     root = os.fsencode(os.fspath(top))
     os.mkdir(root, 0o755)
@@ -255,7 +254,7 @@ def _times(root: bytes) -> None:
         -1,
         -1_500_000_000_000_000_001,
         1_699_999_999_999_999_999,
-        4_294_967_296_000_000_000,
+        2**32 * 10**9,
         9_000_000_000_000_000_007,
     )
     for time_ns in odd:
