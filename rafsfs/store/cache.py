@@ -150,10 +150,14 @@ class Cache:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise write_error(error, directory) from error
         image = CachedImage(digest, directory)
-        if reference and reference not in image.references():
-            data = json.dumps([reference, *image.references()][:64]).encode()
-            replace_file(os.path.join(directory, "references"), data)
+        if reference:
+            self.note_reference(image, reference)
         return image
+
+    def note_reference(self, image: CachedImage, reference: str) -> None:
+        """Remember that `reference` named this image just now, for mounts while the registry is away."""
+        others = [name for name in image.references() if name != reference]
+        replace_file(os.path.join(image.directory, "references"), json.dumps([reference, *others][:64]).encode())
 
     def image(self, digest: Digest) -> CachedImage | None:
         """Return a cached image; None if it is not here or its manifest is not what its name says."""

@@ -1,0 +1,191 @@
+"""The process of one mount: `python -m rafsfs.fuse.worker SPEC.json`.
+
+Serves the image by pyfuse3; hits from the node's data spaces, misses by asking the daemon over its socket. It outlives the daemon: it
+connects again when the socket comes back, and when a read waits and no daemon answers it starts one.
+
+Concurrency: pyfuse3's session loop and two tasks of ours share one trio run. `_keep_connected` owns the connection and replaces it;
+`_report` tells the daemon what was served. Reads wait in `ensure` for a connection. SIGTERM ends the session loop. If the mount is
+taken away from outside, the session loop ends by itself and so does the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import random
+import signal
+import sys
+from contextlib import suppress
+from typing import Final
+
+import pyfuse3
+import trio
+
+from .. import logs
+from ..daemon.connection import Connection, open_connection
+from ..daemon.launch import start_daemon
+from ..errors import CacheError, DaemonError, DeadlineError, RafsError
+from ..format.bootstrap import Bootstrap
+from ..store.space_view import SpaceView
+from .operations import ImageOperations
+from .spec import MountSpec, load_spec
+
+_log = logging.getLogger("rafsfs.fuse.worker")
+
+_RECONNECT_S: Final = (0.1, 1.0)
+"""First and longest pause between attempts to find the daemon."""
+_REPORT_S: Final = 0.5
+
+
+class Worker:
+    """State of one mount's process."""
+
+    def __init__(self, spec: MountSpec) -> None:
+        self.spec = spec
+        directory = os.path.join(spec.cache_dir, "images", spec.digest.removeprefix("sha256:"))
+        path = os.path.join(directory, "bootstrap.erofs")
+        try:
+            with open(path, "rb") as file:
+                self.bootstrap = Bootstrap(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{path} cannot be opened: {error}") from error
+        spaces = os.path.join(spec.cache_dir, "spaces")
+        self.views = [SpaceView(os.path.join(spaces, slot.tag.decode())) for slot in self.bootstrap.spaces]
+        for view in self.views:
+            view.check_complete()
+        self.operations = ImageOperations(self.bootstrap, self.views, self.ensure)
+        self._connection: Connection | None = None
+        self._changed = trio.Event()
+        self._wanted = trio.Event()
+
+    async def ensure(self, space: int, chunks: range) -> None:
+        """Return when the chunks are present. Waits for a daemon if there is none, until the mount's deadline.
+
+        Raises what the daemon says, DeadlineError after the deadline.
+        """
+        view = self.views[space]
+        cause: RafsError | None = None
+        with trio.move_on_after(self.spec.deadline_s) as scope:
+            while not view.is_present(chunks.start, chunks.stop):
+                connection = await self._connected()
+                left = scope.deadline - trio.current_time()
+                parameters = {
+                    "space": view.space_id,
+                    "first": chunks.start,
+                    "stop": chunks.stop,
+                    "deadline_s": max(0.1, left - 0.2),
+                }
+                try:
+                    await connection.call("ensure", parameters)
+                except DaemonError as error:
+                    cause = error
+                    await trio.sleep(0.02)  # the connection is being replaced; do not spin on the broken one
+        if scope.cancelled_caught:
+            raise DeadlineError(
+                f"chunks {chunks.start} to {chunks.stop - 1} of data space {view.space_id.hex()[:16]} did not come within "
+                f"{self.spec.deadline_s:g} s: {cause or 'no daemon answers'}"
+            )
+
+    async def _connected(self) -> Connection:
+        while self._connection is None or self._connection.closed.is_set():
+            self._wanted.set()
+            await self._changed.wait()
+        return self._connection
+
+    def _set_connection(self, connection: Connection | None) -> None:
+        self._connection = connection
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def keep_connected(self) -> None:
+        """Hold a connection to the daemon, for ever; start a daemon only when a read waits for one."""
+        pause = _RECONNECT_S[0]
+        while True:
+            try:
+                async with open_connection(self.spec.cache_dir, mount=self.spec.id) as connection:
+                    await connection.call("ready", {"mount": self.spec.id})
+                    self._wanted = trio.Event()
+                    self._set_connection(connection)
+                    pause = _RECONNECT_S[0]
+                    await connection.closed.wait()
+                    self._set_connection(None)
+            except* RafsError as group:
+                _log.debug("no daemon: %s", group.exceptions[0])
+            self._set_connection(None)
+            if self._wanted.is_set():
+                with suppress(RafsError):
+                    # many workers may be here at once: spread them, the directory's lock decides
+                    await trio.sleep(random.random() * 0.05)
+                    await start_daemon(self.spec.cache_dir, self.spec.daemon_argv or None)
+                    continue
+            with trio.move_on_after(pause):
+                await self._wanted.wait()
+            pause = min(pause * 2, _RECONNECT_S[1])
+
+    async def report(self) -> None:
+        """Tell the daemon how much was served from present data, at most every half second."""
+        told = 0
+        while True:
+            await trio.sleep(_REPORT_S)
+            if self.operations.cache_bytes == told or self._connection is None:
+                continue
+            with suppress(RafsError):
+                served = self.operations.cache_bytes
+                await self._connection.call("served", {"mount": self.spec.id, "cache_bytes": served})
+                told = served
+
+    async def run(self) -> None:
+        """Serve until the mount is taken away or SIGTERM comes."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.keep_connected)
+            nursery.start_soon(self.report)
+            nursery.start_soon(_end_on_signal)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+
+async def _end_on_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            pyfuse3.terminate()
+
+
+def mount_options(spec: MountSpec) -> set[str]:
+    """Return the options of the FUSE mount."""
+    options = set(pyfuse3.default_options)
+    options |= {"ro", "default_permissions", f"fsname=rafs:{_option_text(spec.ref)}", "subtype=rafs"}
+    if spec.allow_other:
+        options.add("allow_other")
+    return options
+
+
+def _option_text(text: str) -> str:
+    return "".join(character if character.isalnum() or character in "-._/:@" else "_" for character in text)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the worker of a spec file; return the exit code."""
+    logs.configure()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        spec = load_spec(arguments[0])
+        worker = Worker(spec)
+    except RafsError as error:
+        _log.error("mount failed: %s", error)
+        return error.exit_code
+    try:
+        pyfuse3.init(worker.operations, spec.mountpoint, mount_options(spec))
+    except RuntimeError as error:
+        _log.error("mount failed: FUSE refuses %s: %s", spec.mountpoint, error)
+        return 52
+    try:
+        trio.run(worker.run)
+    finally:
+        with suppress(Exception):
+            pyfuse3.close(unmount=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
