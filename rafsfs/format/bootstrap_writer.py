@@ -102,7 +102,7 @@ class _Placed:
     """Symlink target that does not fit inline."""
     entries: list[tuple[bytes, _Placed]] | None = None
     """Directories: sorted, with "." and ".."."""
-    bounds: list[int] = field(default_factory=list)
+    bounds: Sequence[int] = ()
     """Directories: where each block begins in `entries`, and the end."""
 
 

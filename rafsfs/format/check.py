@@ -81,7 +81,7 @@ class _Check:
         """Check every inode that can be reached, breadth first."""
         root = self._bootstrap.root_nid
         self._directories[root] = (root, b"")
-        yield from self._inode(root)
+        yield from self._inode(self._bootstrap.inode(root))
         queue = deque([root])
         while queue:
             nid = queue.popleft()
@@ -119,45 +119,47 @@ class _Check:
                     yield f"{self._path(nid)}: {entry.name!r} leads to inode {entry.nid}, type {entry.file_type}"
                 continue
             try:
-                yield from self._entry(nid, entry, queue)
-                subdirectories += stat.S_ISDIR(self._bootstrap.inode(entry.nid).mode)
+                child = self._bootstrap.inode(entry.nid)
             except FormatError as error:
                 yield f"{self._path(nid, entry.name)}: {error}"
+                continue
+            subdirectories += stat.S_ISDIR(child.mode)
+            yield from self._entry(nid, entry, child, queue)
         if expected:
             yield f"{self._path(nid)}: has no entry {' and '.join(map(repr, sorted(expected)))}"
         if inode.nlink != 2 + subdirectories:
             yield f"{self._path(nid)}: has link count {inode.nlink}, expected {2 + subdirectories}"
 
-    def _entry(self, nid: int, entry: DirEntry, queue: deque[int]) -> Iterator[str]:
-        child = self._bootstrap.inode(entry.nid)
+    def _entry(self, nid: int, entry: DirEntry, child: Inode, queue: deque[int]) -> Iterator[str]:
         is_first = not self._names[entry.nid]
         self._names[entry.nid] += 1
         if entry.file_type != file_type(child.mode):
             yield f"{self._path(nid, entry.name)}: entry has type {entry.file_type}, inode mode {child.mode:#o}"
         if not stat.S_ISDIR(child.mode):
             if is_first:
-                yield from (f"{self._path(nid, entry.name)}: {finding}" for finding in self._inode(entry.nid))
+                for finding in self._inode(child):
+                    yield f"{self._path(nid, entry.name)}: {finding}"
             return
         if entry.nid in self._directories:
             yield f"{self._path(nid, entry.name)}: directory {entry.nid} has a second name"
             return
         self._directories[entry.nid] = (nid, entry.name)
         sound = True
-        for finding in self._inode(entry.nid):
+        for finding in self._inode(child):
             yield f"{self._path(entry.nid)}: {finding}"
             sound = False
         if sound:
             queue.append(entry.nid)
 
-    def _inode(self, nid: int) -> Iterator[str]:
+    def _inode(self, inode: Inode) -> Iterator[str]:
         """Check one inode by itself; yield what is wrong without its path."""
-        bootstrap = self._bootstrap
+        bootstrap, nid = self._bootstrap, inode.nid
         try:
-            inode = bootstrap.inode(nid)
             if not self._take_inode(inode):
                 yield f"inode {nid} overlaps something else or leaves the bootstrap"
                 return
-            bootstrap.xattrs(nid)
+            if inode.xattr_size:
+                bootstrap.xattrs(nid)
             if stat.S_ISREG(inode.mode):
                 if inode.layout == LAYOUT_CHUNK:
                     bootstrap.extents(nid)
