@@ -1,0 +1,62 @@
+"""What every acceptance test starts from: one node, one registry, one tree with everything, one real model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.models import make_model
+from tests.support.processes import Node, running_node, why_no_mount
+from tests.support.registry import Registry, running_registry
+from tests.support.trees import make_tree
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests here run several processes and mount; without /dev/fuse they say so and do not run."""
+    here = Path(__file__).parent
+    reason = why_no_mount()
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            item.add_marker(pytest.mark.mount)
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree with every kind of inode; read-only by agreement."""
+    top = tmp_path_factory.mktemp("trees") / "everything"
+    make_tree(top)
+    return top
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real weights as published, their bf16 copy, tokenizer and configuration; read-only by agreement."""
+    return make_model(tmp_path_factory.mktemp("models") / "model", dtypes=("F32", "BF16"))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    """A node of its own."""
+    with running_node(tmp_path / "node") as node:
+        yield node
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """A docker-registry of its own, empty, open, on loopback."""
+    with running_registry(tmp_path / "registry") as registry:
+        yield registry
+
+
+@pytest.fixture(params=["registry", "oci"])
+def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Make references of images in a real registry, or in an OCI layout."""
+    if request.param == "oci":
+        return lambda name: f"oci:{tmp_path / 'layout'}:{name}"
+    registry: Registry = request.getfixturevalue("registry")
+    return lambda name: f"localhost:{registry.port}/e2e/{name}:v1"

@@ -1,0 +1,70 @@
+"""Pushes that are cut short: nothing half-made becomes visible, and what was sent is not sent again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tests.support.compare import compare_trees
+from tests.support.processes import Node, kill, wait_for
+from tests.support.registry import Registry
+
+from .wire import wire_to
+
+
+def test_an_interrupted_push_resumes_and_sends_the_rest_only(node: Node, registry: Registry, model: Path) -> None:
+    with wire_to(registry.port, bytes_per_s=60e6) as wire:
+        ref = f"localhost:{wire.port}/e2e/model:v1"
+        # A space bound of 32 MiB: several blobs, of which some are finished when the build dies.
+        options = ("--space-bound", "32MiB")
+        build = node.start("build", model, "-t", ref, *options)
+        try:
+            wait_for(lambda: wire.to_server > 60_000_000, "60 MB are sent", 60)
+        finally:
+            kill(build.pid)
+            build.communicate()
+        sent_before = wire.to_server
+
+        missing = node.run("inspect", ref)
+        assert missing.returncode == 21, "nothing is visible under the tag"
+
+        wire.to_server = 0
+        built = node.build(model, ref, *options)
+        assert sent_before + wire.to_server < 1.25 * built["stored_bytes"] + (4 << 20)
+        assert wire.to_server < built["stored_bytes"] - 0.5 * sent_before
+
+        wire.to_server = 0
+        again = node.build(model, ref, *options)
+        assert again["digest"] == built["digest"]
+        assert wire.to_server < 1 << 20, "what the registry has is not sent again"
+    assert compare_trees(model, node.mount(f"localhost:{registry.port}/e2e/model:v1")) == []
+
+
+def test_a_registry_cut_off_in_the_middle_of_a_push_is_tried_again(node: Node, registry: Registry, model: Path) -> None:
+    with wire_to(registry.port, bytes_per_s=60e6) as wire:
+        ref = f"localhost:{wire.port}/e2e/model:v1"
+        build = node.start("build", model, "-t", ref)
+        try:
+            for cut in (1, 2):
+                wait_for(lambda cut=cut: wire.to_server > cut * 20_000_000, "some of it is sent", 60)
+                wire.cut()
+            out, _ = build.communicate(timeout=120)
+        finally:
+            build.kill()
+            build.communicate()
+        assert build.returncode == 0, out
+    assert compare_trees(model, node.mount(f"localhost:{registry.port}/e2e/model:v1")) == []
+
+
+def test_an_unreadable_or_changing_source_leaves_no_tag(node: Node, registry: Registry, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "file").write_bytes(b"x")
+    os.symlink("nowhere", tmp_path / "dangling")
+    ref = f"localhost:{registry.port}/e2e/broken:v1"
+    for bad in (tmp_path / "absent", tmp_path / "dangling"):
+        result = node.run("build", bad, "-t", ref)
+        assert result.returncode == 30, result
+        assert str(bad) in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert node.run("inspect", ref).returncode == 21
