@@ -34,7 +34,7 @@ from rafsfs.format.manifest import (
 )
 from rafsfs.format.space_table import MAX_CHUNK
 from rafsfs.interfaces import ImageStore
-from rafsfs.types import Descriptor
+from rafsfs.types import Descriptor, Digest
 
 from .blob_writer import BlobWriter, StaleJournalError
 from .exclude import Exclude
@@ -202,12 +202,12 @@ class _Build:
 
     def _settle_blobs(self) -> list[Descriptor]:
         """Enter the finished blobs in the chunk map; return them in the order in which it lists them, each once."""
-        found: dict[Descriptor, None] = {}
+        found: dict[Digest, Descriptor] = {}
         for index, writer in sorted(self._writers.items()):
             assert writer.result is not None
             self._map.set_blob(index, writer.result.digest, writer.result.size)
-            found[_blob_descriptor(writer)] = None
-        return list(found)
+            found[writer.result.digest] = Descriptor(MEDIA_TYPE_BLOB, writer.result.digest, writer.result.size)
+        return list(found.values())
 
     async def _publish(self, tag: str | None, blobs: list[Descriptor], data_bytes: int) -> Descriptor:
         chunk_map, bootstrap = await trio.to_thread.run_sync(self._metadata)
@@ -239,11 +239,6 @@ class _Build:
         self._done += done
         if self._progress:
             self._progress(self._done, self._total)
-
-
-def _blob_descriptor(writer: BlobWriter) -> Descriptor:
-    assert writer.result is not None
-    return Descriptor(MEDIA_TYPE_BLOB, writer.result.digest, writer.result.size)
 
 
 def _signature(scanned: Scan, options: BuildOptions, store_name: str) -> str:
