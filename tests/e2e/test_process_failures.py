@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def readers(source: Path, mounted: Path, orders: Sequence[str]) -> Iterator[list
 
 def finish(reader: subprocess.Popen[str], timeout_s: float = 60) -> str:
     out, errors = reader.communicate(timeout=timeout_s)
-    assert reader.returncode == 0, f"{reader.args}: {reader.returncode} {errors}"
+    assert reader.returncode == 0, f"{reader.args!r}: {reader.returncode} {errors}"
     return out
 
 
@@ -70,8 +71,9 @@ def unverified_chunks(cache: Path) -> list[str]:
     return bad
 
 
-def marked_chunks(cache: Path) -> int:
-    return sum(len(marks) - marks.count(0) for marks in (p.read_bytes() for p in cache.glob("spaces/*/present")))
+def has_chunks(cache: Path, count: int) -> bool:
+    marks = [path.read_bytes() for path in cache.glob("spaces/*/present")]
+    return sum(len(one) - one.count(0) for one in marks) >= count
 
 
 def test_a_daemon_killed_in_the_middle_of_reads_costs_no_byte(node: Node, slow_wire: Wire, model: Path) -> None:
@@ -81,9 +83,8 @@ def test_a_daemon_killed_in_the_middle_of_reads_costs_no_byte(node: Node, slow_w
     name = "model.safetensors"
     with readers(model / name, mounted / name, ("sequential", "random", "mmap")) as running:
         killed = []
-        for step in (1, 2):
-            enough = step * 8
-            wait_for(lambda enough=enough: marked_chunks(node.cache) >= enough, f"{enough} chunks are there")
+        for enough in (8, 16):
+            wait_for(partial(has_chunks, node.cache, enough), f"{enough} chunks are there")
             pid = wait_for(lambda: daemon_or_none(node), "a daemon runs")
             assert any(reader.poll() is None for reader in running), "the kill must come in the middle"
             kill(pid)
