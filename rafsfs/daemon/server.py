@@ -127,13 +127,9 @@ class Daemon:
         space = self._cache.opened_space(bytes(params["space"]))
         if space is None or not 0 <= chunks.start <= chunks.stop <= space.table.count:
             raise UsageError(f"chunks {chunks.start} to {chunks.stop} of a data space that is not here")
-        counted: Counter[str] = Counter()
+        counted = mount.sources if mount else None
         deadline = min(float(params["deadline_s"]), 3600.0)
-        try:
-            await self._fetcher.ensure(space.space_id, chunks, deadline_s=deadline, on_behalf=counted)
-        finally:
-            if mount:
-                mount.sources.update(counted)
+        await self._fetcher.ensure(space.space_id, chunks, deadline_s=deadline, on_behalf=counted)
         return {}
 
     async def _ready(self, params: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ class _Flight:
     """Where the bytes came from, once they have: "origin" or "local"."""
     cause: RafsError | None = None
     """Why the last attempt failed, for whoever gives up first."""
+    sponsors: list[Counter[str]] = field(default_factory=list)
+    """Whose figures the bytes go into, once each."""
     corrupt: int = 0
     """How often what came did not match its digest."""
 
@@ -154,17 +156,17 @@ class Fetcher:
         """Return when all of `chunks` of a data space are present.
 
         Raises the cause for the first that cannot be had, DeadlineError after `deadline_s` (the setting if None). `on_behalf`
-        counts bytes by where they came from. Cancel-safe: other waiters keep their flights.
+        counts the bytes obtained by where they came from, those read ahead included. Cancel-safe: other waiters keep their flights.
         """
         space = self._cache.opened_space(space_id)
         if space is None:
             raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
         wanted = space.missing(chunks)
         if priority is Priority.DEMAND:
-            self._read_ahead(space, chunks)
+            self._read_ahead(space, chunks, on_behalf)
         if not wanted:
             return
-        flights = [self._join(space, index, priority) for index in wanted]
+        flights = [self._join(space, index, priority, on_behalf) for index in wanted]
         limit = self.settings.deadline_s if deadline_s is None else deadline_s
         try:
             with trio.move_on_after(limit) as scope:
@@ -178,8 +180,6 @@ class Fetcher:
         for flight in flights:
             if flight.error is not None:
                 raise flight.error
-            if on_behalf is not None:
-                on_behalf[flight.origin] += space.table.extent(flight.index)[1]
 
     async def prefetch_all(self, source: Source, *, on_behalf: Counter[str] | None = None) -> None:
         """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises."""
@@ -202,7 +202,7 @@ class Fetcher:
         finally:
             limiter.release()
 
-    def _join(self, space: DataSpace, index: int, priority: Priority) -> _Flight:
+    def _join(self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None) -> _Flight:
         """Return the flight of a chunk with one more waiter; no checkpoint."""
         flight = self._flights.get((space.space_id, index))
         if flight is None:
@@ -217,6 +217,8 @@ class Fetcher:
                 self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
                 self._notify()
         flight.waiters += 1
+        if on_behalf is not None and not any(known is on_behalf for known in flight.sponsors):
+            flight.sponsors.append(on_behalf)
         return flight
 
     def _enqueue(self, flight: _Flight) -> None:
@@ -227,7 +229,7 @@ class Fetcher:
         self._wake.set()
         self._wake = trio.Event()
 
-    def _read_ahead(self, space: DataSpace, chunks: Iterable[int]) -> None:
+    def _read_ahead(self, space: DataSpace, chunks: Iterable[int], on_behalf: Counter[str] | None) -> None:
         numbers = list(chunks)
         if not numbers or space.complete:
             return
@@ -449,6 +451,9 @@ class Fetcher:
         flight.error = error
         self._flights.pop(flight.key, None)
         self.counters["failed" if error else "landed"] += 1
+        if error is None:
+            for sponsor in flight.sponsors:
+                sponsor[flight.origin] += flight.space.table.extent(flight.index)[1]
         flight.done.set()
         if error is not None and not isinstance(error, DaemonError):
             self._warn([flight], error)

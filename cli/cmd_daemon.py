@@ -1,0 +1,76 @@
+"""`rafs daemon`: the node daemon of a cache directory."""
+
+from __future__ import annotations
+
+import click
+
+from rafsfs import logs
+from rafsfs.daemon.launch import connect
+from rafsfs.daemon.server import DaemonSettings, run_daemon
+from rafsfs.errors import DaemonError
+from rafsfs.fetch.fetcher import FetchSettings
+
+from .options import SizeType, cache_dir_option
+from .run import run_async
+
+
+@click.command("daemon")
+@cache_dir_option
+@click.option(
+    "--connections",
+    envvar="RAFS_CONNECTIONS",
+    type=click.IntRange(3, 256),
+    default=8,
+    show_default=True,
+    help="Ranged reads of the registry at once.",
+)
+@click.option(
+    "--buffer-size",
+    envvar="RAFS_BUFFER_SIZE",
+    type=SizeType(),
+    default="64MiB",
+    show_default=True,
+    help="Bytes of fetched data in memory at most.",
+)
+@click.option(
+    "--readahead",
+    envvar="RAFS_READAHEAD",
+    type=SizeType(),
+    default="32MiB",
+    show_default=True,
+    help="Largest window fetched ahead of a sequential reader.",
+)
+@click.option(
+    "--log-level",
+    envvar="RAFS_LOG",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="How much is logged, on standard error.",
+)
+@click.option("--stop", is_flag=True, help="Stop the daemon that runs; mounts stay up and serve what is present.")
+@click.option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
+def command(
+    cache_dir: str, connections: int, buffer_size: int, readahead: int, log_level: str, stop: bool, unmount: bool
+) -> None:
+    """Run the node daemon of the cache directory until it is told to stop.
+
+    Other commands start it when they need it; run it yourself to give it options, or under a supervisor.
+
+    Example: rafs daemon --cache-dir /var/lib/rafs
+    """
+    if stop:
+        run_async(_stop, cache_dir, unmount)
+        return
+    logs.configure(log_level)
+    fetch = FetchSettings(connections=connections, buffer_bytes=buffer_size, readahead_bytes=readahead)
+    run_async(run_daemon, cache_dir, DaemonSettings(fetch=fetch))
+
+
+async def _stop(cache_dir: str, unmount: bool) -> None:
+    try:
+        async with connect(cache_dir, start=False) as connection:
+            await connection.call("stop", {"unmount": unmount})
+            await connection.closed.wait()
+    except DaemonError as error:
+        raise DaemonError(f"no daemon runs for {cache_dir}") from error

@@ -1,0 +1,138 @@
+"""`rafs mount`: an image becomes a directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict
+from typing import Any
+
+import click
+import trio
+
+from rafsfs import logs
+from rafsfs.daemon.connection import Connection, open_connection
+from rafsfs.daemon.launch import connect
+from rafsfs.daemon.server import Daemon, DaemonSettings, run_daemon
+from rafsfs.errors import DaemonError, RafsError
+from rafsfs.fetch.fetcher import FetchSettings
+from rafsfs.registry.reference import parse_reference
+
+from .options import cache_dir_option, json_option, registry_options, take_registry_options
+from .output import print_json
+from .run import run_async
+
+
+@click.command("mount")
+@click.argument("ref")
+@click.argument("directory", type=click.Path(file_okay=False))
+@click.option(
+    "--mode",
+    envvar="RAFS_MODE",
+    type=click.Choice(["auto", "fuse"]),
+    default="auto",
+    show_default=True,
+    help="How the kernel gets at the image; this version has FUSE.",
+)
+@click.option(
+    "--prefetch",
+    envvar="RAFS_PREFETCH",
+    type=click.Choice(["none", "all"]),
+    default="none",
+    show_default=True,
+    help="What to fetch before it is asked for, behind what is.",
+)
+@click.option(
+    "--deadline",
+    envvar="RAFS_DEADLINE",
+    type=click.FloatRange(0.1, 86400),
+    default=60.0,
+    show_default=True,
+    help="A read that cannot be served fails with EIO after this long, seconds.",
+)
+@click.option("--foreground", is_flag=True, envvar="RAFS_FOREGROUND", help="Stay until Ctrl-C, then unmount.")
+@cache_dir_option
+@json_option
+@registry_options
+def command(ref: str, directory: str, cache_dir: str, foreground: bool, as_json: bool, **options: Any) -> None:
+    """Mount the image REF, read-only, on DIRECTORY, an empty one. Returns when it can be read.
+
+    The work is left to the node daemon of the cache directory, which is started if none runs.
+
+    Example: rafs mount registry.example/models/llama:v1 /models
+    """
+    registry = take_registry_options(options)
+    reference = parse_reference(ref)
+    if reference.kind == "oci":  # the daemon has another working directory
+        tag = (f":{reference.tag}" if reference.tag else "") + (f"@{reference.digest}" if reference.digest else "")
+        ref = f"oci:{os.path.abspath(reference.path)}{tag}"
+    params = {
+        "ref": ref,
+        "mountpoint": os.path.abspath(directory),
+        "mode": options["mode"],
+        "prefetch": options["prefetch"],
+        "deadline_s": options["deadline"],
+        "registry": asdict(registry),
+    }
+    if foreground:
+        run_async(_foreground, cache_dir, params)
+        return
+    mounted = run_async(_mount, cache_dir, params)
+    if as_json:
+        print_json(mounted)
+
+
+async def _mount(cache_dir: str, params: dict[str, Any]) -> dict[str, Any]:
+    async with connect(cache_dir) as connection:
+        return await connection.call("mount", params)
+
+
+async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
+    """Mount through the daemon that runs, or be the daemon; unmount at the end."""
+    try:
+        async with open_connection(cache_dir) as connection:
+            await _hold(connection, params)
+    except DaemonError:
+        pass
+    else:
+        return
+    logs.configure()
+    failure: list[RafsError] = []
+
+    async with trio.open_nursery() as nursery:
+
+        def ready(daemon: Daemon) -> None:
+            nursery.start_soon(_mount_in, cache_dir, params, daemon, failure)
+
+        settings = DaemonSettings(fetch=FetchSettings(deadline_s=params["deadline_s"]))
+        await run_daemon(cache_dir, settings, ready=ready)
+    if failure:
+        raise failure[0]
+
+
+async def _mount_in(cache_dir: str, params: dict[str, Any], daemon: Daemon, failure: list[RafsError]) -> None:
+    """Ask the daemon of this very process for the mount; it unmounts everything when it is told to stop."""
+    daemon.unmount_at_end = True
+    try:
+        await _mount(cache_dir, params)
+    except RafsError as error:
+        failure.append(error)
+        daemon.stop_requested.set()
+
+
+async def _hold(connection: Connection, params: dict[str, Any]) -> None:
+    """Mount, wait for Ctrl-C, SIGTERM or the daemon's end, unmount."""
+    await connection.call("mount", params)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def until_closed() -> None:
+                await connection.closed.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_closed)
+            async for _ in signals:
+                break
+            nursery.cancel_scope.cancel()
+    if not connection.closed.is_set():
+        await connection.call("umount", {"mountpoint": params["mountpoint"], "lazy": True})

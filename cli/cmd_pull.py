@@ -1,0 +1,47 @@
+"""`rafs pull`: fill the node's cache with an image."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from rafsfs.daemon.launch import connect
+from rafsfs.registry.reference import parse_reference
+
+from .options import cache_dir_option, json_option, registry_options, take_registry_options
+from .output import print_json, progress_bar, size
+from .run import run_async
+
+
+@click.command("pull")
+@click.argument("ref")
+@cache_dir_option
+@json_option
+@registry_options
+def command(ref: str, cache_dir: str, as_json: bool, **options: Any) -> None:
+    """Fetch all of the image REF into the node's cache, so that mounts need no registry.
+
+    Example: rafs pull registry.example/models/llama:v1
+    """
+    registry = take_registry_options(options)
+    reference = parse_reference(ref)
+    if reference.kind == "oci":
+        tag = (f":{reference.tag}" if reference.tag else "") + (f"@{reference.digest}" if reference.digest else "")
+        ref = f"oci:{os.path.abspath(reference.path)}{tag}"
+    result = run_async(_pull, cache_dir, {"ref": ref, "registry": asdict(registry)}, not as_json)
+    if as_json:
+        print_json(result)
+    else:
+        print(
+            f"{ref}@{result['digest']}: {size(result['data_bytes'])} present, {size(result['fetched_bytes'])} fetched, "
+            f"{size(result['local_bytes'])} copied from other images, {result['seconds']:.1f} s"
+        )
+
+
+async def _pull(cache_dir: str, params: dict[str, Any], bar: bool) -> dict[str, Any]:
+    async with connect(cache_dir) as connection:
+        with progress_bar("pulling", enabled=bar) as progress:
+            return await connection.call("pull", params, lambda event: progress(event["done"], event["total"]))

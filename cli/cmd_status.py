@@ -1,0 +1,65 @@
+"""`rafs status`: the daemon and its mounts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from rafsfs.daemon.launch import connect
+from rafsfs.errors import DaemonError
+from rafsfs.fuse.spec import load_specs
+
+from .options import cache_dir_option, json_option
+from .output import print_json, print_table, size
+from .run import run_async
+
+
+@click.command("status")
+@cache_dir_option
+@json_option
+def command(cache_dir: str, as_json: bool) -> None:
+    """Show the daemon of the cache directory and its mounts: state, bytes present, where bytes came from.
+
+    Starts a daemon only if mounts are recorded that need one.
+
+    Example: rafs status --json
+    """
+    found = run_async(_status, cache_dir)
+    if as_json:
+        print_json(found)
+        return
+    daemon = found["daemon"]
+    if not daemon["pid"]:
+        print(f"no daemon runs for {daemon['cache_dir']}, nothing is mounted")
+        return
+    print(
+        f"daemon pid {daemon['pid']}, version {daemon['version']}, {size(daemon['rss_bytes'])}, cache {daemon['cache_dir']}"
+    )
+    rows = []
+    for mount in found["mounts"]:
+        sources = mount["sources"]
+        rows.append(
+            (
+                mount["mountpoint"],
+                mount["ref"],
+                mount["mode"],
+                mount["state"] + (f" ({mount['reason']})" if mount["reason"] else ""),
+                f"{size(mount['present_bytes'])} of {size(mount['data_bytes'])}",
+                " ".join(f"{name} {size(count)}" for name, count in sources.items() if count) or "-",
+            )
+        )
+    print_table(rows, header=("MOUNTPOINT", "REF", "MODE", "STATE", "PRESENT", "SERVED FROM"))
+
+
+async def _status(cache_dir: str) -> dict[str, Any]:
+    recorded = any(True for _ in load_specs(os.path.abspath(cache_dir)))
+    try:
+        async with connect(cache_dir, start=recorded) as connection:
+            return await connection.call("status", {})
+    except DaemonError:
+        if recorded:
+            raise
+    nobody = {"pid": 0, "version": "", "cache_dir": os.path.abspath(cache_dir), "rss_bytes": 0}
+    return {"daemon": nobody, "mounts": []}

@@ -1,0 +1,40 @@
+"""`rafs umount`: take a mount away."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import click
+
+from rafsfs.daemon.launch import connect
+from rafsfs.errors import DaemonError, MountError
+from rafsfs.fuse.mountpoint import mount_source, unmount
+from rafsfs.fuse.spec import load_specs
+
+from .options import cache_dir_option
+from .run import run_async
+
+
+@click.command("umount")
+@click.argument("directory", type=click.Path())
+@click.option("--lazy", is_flag=True, envvar="RAFS_LAZY", help="Detach it now, also while files are open.")
+@cache_dir_option
+def command(directory: str, lazy: bool, cache_dir: str) -> None:
+    """Take the mount on DIRECTORY away and end its worker.
+
+    Example: rafs umount /models
+    """
+    run_async(_umount, os.path.abspath(directory), lazy, cache_dir)
+
+
+async def _umount(mountpoint: str, lazy: bool, cache_dir: str) -> None:
+    recorded = any(spec.mountpoint == mountpoint for spec in load_specs(os.path.abspath(cache_dir)))
+    source = mount_source(mountpoint)
+    if not recorded and not (source or "").startswith("rafs:"):
+        raise MountError(f"{mountpoint} is not a rafs mount; see `rafs status`")
+    with suppress(DaemonError):
+        async with connect(cache_dir, start=recorded) as connection:
+            await connection.call("umount", {"mountpoint": mountpoint, "lazy": lazy})
+            return
+    unmount(mountpoint, lazy=lazy)  # left over from a cache directory that is gone, or from another one
