@@ -1,8 +1,10 @@
-"""An OCI image layout directory as an ImageStore (image-spec 1.1, image-layout.md): needs no server.
+"""An OCI image layout directory as an image store (image-spec 1.1, image-layout.md).
 
-Decided here: `oci-layout`, `index.json`, `blobs/sha256/HEX`; a tag is the annotation org.opencontainers.image.ref.name. Rules: a
-file appears under its digest only complete and hashed, by rename; `index.json` is replaced, never edited, under a lock file, so that
-several builders can share a directory. File work of more than a few KiB runs in threads.
+Decided here: what is written when. A blob is written under `.uploads/`, hashed on the way, synced, and renamed to
+`blobs/sha256/<hex>` when its digest is right; index.json is replaced whole by rename, under a flock on `oci-layout`, so
+that several processes may write one layout. Rule: what stands under blobs/ is complete and was verified by its writer.
+A layout that does not exist is made by the first write. All file work runs in threads; a cancelled call waits for the
+piece of work in its thread (bounded: a few MiB, or one sync).
 """
 
 from __future__ import annotations
@@ -10,42 +12,53 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
 import os
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from functools import partial
+from typing import Final
 
 import trio
 
-from ..errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnavailableError
-from ..interfaces import BlobStream, BlobUpload
+from ..errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnavailableError, UsageError
 from ..types import Descriptor, Digest
+from .disk import in_thread, write_synced
+from .layout_upload import LayoutUpload, open_upload, uploads_directory
 from .manifests import (
-    MANIFEST_LIMIT,
-    MEDIA_INDEX,
-    descriptor_json,
-    descriptor_of_manifest,
-    extend_index,
-    media_type_of,
-    parse_descriptor,
+    MAX_DOCUMENT,
+    Document,
+    describe_manifest,
+    descriptor_of,
+    encode_index,
+    entry_of,
+    media_type_inside,
+    new_index,
+    parse_document,
     parse_index,
     referrers_tag,
+    subject_of,
+    valid_descriptors,
+    with_entry,
+    without,
 )
+from .reference import parse_digest_or_tag
 
-_REF_NAME: Final = "org.opencontainers.image.ref.name"
-_INDEX_LIMIT: Final = 64 << 20
-_T = TypeVar("_T")
+LAYOUT_FILE: Final = "oci-layout"
+LAYOUT_BYTES: Final = b'{"imageLayoutVersion":"1.0.0"}'
+REF_NAME: Final = "org.opencontainers.image.ref.name"
+READ_PIECE: Final = 4 << 20
+"""Longest read in one thread hop, bytes: bounds what a cancellation waits for."""
+MAX_WHOLE_BLOB: Final = 1 << 31
+"""Longest blob returned whole, bytes; larger ones are read by range."""
 
 
 class OciLayout:
-    """One layout directory. It is made when something is first written to it. See interfaces.ImageStore."""
+    """An ImageStore in a directory. Use `open_store`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, lock_timeout_s: float = 30.0) -> None:
         self._path = os.path.abspath(path)
         self._blobs = os.path.join(self._path, "blobs", "sha256")
+        self._lock_timeout_s = lock_timeout_s
 
     @property
     def name(self) -> str:
@@ -53,288 +66,276 @@ class OciLayout:
         return f"oci:{self._path}"
 
     async def resolve(self, reference: str) -> Descriptor:
-        """Return the manifest descriptor of a tag or digest."""
-        return await self._run(self._resolve, reference)
+        """Return the manifest descriptor of a tag or digest text. Raises NotFoundError."""
+        descriptor, _ = await self.get_manifest(reference)
+        return descriptor
 
     async def get_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
-        """Return descriptor and bytes of a manifest, verified."""
-        return await self._run(self._get_manifest, reference)
+        """Return descriptor and bytes of a manifest, verified. Raises NotFoundError, IntegrityError, RemoteError."""
+        return await in_thread(lambda: self._read_manifest(reference))
 
     async def put_manifest(
         self, data: bytes, media_type: str, *, tag: str | None = None, subject: Descriptor | None = None
     ) -> Descriptor:
-        """Store a manifest, under `tag` if given."""
-        if len(data) > MANIFEST_LIMIT:
-            raise FormatError(f"manifest of {len(data)} bytes, at most {MANIFEST_LIMIT}")
-        return await self._run(self._put_manifest, data, media_type, tag, subject)
+        """Store a manifest and list it in index.json, under `tag` if given."""
+        if tag is not None and isinstance(parse_digest_or_tag(tag), Digest):
+            raise UsageError(f"{tag!r} is a digest, expected a tag")
+        if len(data) > MAX_DOCUMENT:
+            raise RemoteError(f"manifest of {len(data)} bytes is larger than {MAX_DOCUMENT}, the bound of registries")
+        full = describe_manifest(data, media_type)
+        await self.put_blob(data)
+        async with self._locked():
+            await in_thread(lambda: self._list_manifest(full, tag, subject is not None))
+        return Descriptor(media_type, full.digest, full.size)
 
     async def has_blob(self, digest: Digest) -> bool:
         """Tell whether the layout has the blob."""
-        return await self._run(os.path.exists, self._blob_path(digest))
+        return await in_thread(lambda: os.path.isfile(self._blob_path(digest)))
 
     async def get_blob(self, digest: Digest, *, size: int) -> bytes:
-        """Return a whole blob of exactly `size` bytes, verified."""
-        return await self._run(self._get_blob, digest, size)
+        """Return a whole blob of exactly `size` bytes, verified. Raises IntegrityError, NotFoundError."""
+        if size > MAX_WHOLE_BLOB:
+            raise RemoteError(f"blob {digest} of {size} bytes is too large to be read whole (bound {MAX_WHOLE_BLOB})")
+        return await in_thread(lambda: self._read_verified(digest, size))
 
     @asynccontextmanager
-    async def open_range(self, digest: Digest, offset: int, length: int) -> AsyncIterator[BlobStream]:
-        """Open bytes [offset, offset+length) of a blob."""
-        descriptor = await self._run(self._open_blob, digest)
+    async def open_range(self, digest: Digest, offset: int, length: int) -> AsyncIterator[FileRange]:
+        """Open bytes [offset, offset+length) of a blob. Raises NotFoundError, RemoteError if the blob is shorter."""
+        if offset < 0 or length <= 0:
+            raise ValueError(f"range of {length} bytes at {offset}")
+        fd = await in_thread(lambda: self._open_blob(digest))
         try:
-            yield _FileStream(descriptor, offset, length, f"{self.name}: blob {digest}")
+            size = os.fstat(fd).st_size
+            if offset + length > size:
+                raise RemoteError(
+                    f"blob {digest} in {self.name} is {size} bytes, expected at least {offset + length}; the layout is damaged"
+                )
+            yield FileRange(fd, offset, length, f"blob {digest} in {self.name}")
         finally:
-            os.close(descriptor)
+            os.close(fd)
 
-    async def begin_upload(self, resume_token: str | None = None) -> BlobUpload:
-        """Start an upload into a temporary file. Layouts do not resume: writing again costs no network."""
-        return await self._run(self._begin_upload)
+    async def begin_upload(self, resume_token: str | None = None) -> LayoutUpload:
+        """Start a blob upload or continue one; what a token no longer finds starts anew at 0."""
+        await in_thread(self._create)
+        return await open_upload(self._path, self._blobs, resume_token)
 
     async def put_blob(self, data: bytes | bytearray | memoryview) -> Digest:
-        """Store a whole blob unless it is there."""
-        return await self._run(self._put_blob, data)
+        """Store a whole small blob unless the layout has it; return its digest."""
+        return await in_thread(lambda: self._write_blob(data))
 
     async def mount_blob(self, digest: Digest, from_repository: str) -> bool:
-        """A layout has no other repositories: tell whether the blob is here anyway."""
+        """A layout is one repository: True only if the blob is here already."""
         return await self.has_blob(digest)
 
     async def referrers(self, digest: Digest, artifact_type: str | None = None) -> AsyncIterator[Descriptor]:
-        """Yield the manifests whose subject is `digest`."""
-        try:
-            _, data = await self.get_manifest(referrers_tag(digest))
-        except NotFoundError:
-            return
-        for descriptor in parse_index(data, artifact_type):
-            yield descriptor
+        """Yield the manifests of index.json whose subject is `digest`, and those its fallback tag lists."""
+        for found in await in_thread(lambda: self._find_referrers(digest)):
+            if artifact_type is None or found.artifact_type == artifact_type:
+                yield found
 
     async def aclose(self) -> None:
-        """Nothing is held open."""
+        """Nothing is held open between calls."""
 
-    async def _run(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        def guarded() -> _T:
-            try:
-                return function(*arguments)
-            except OSError as error:
-                raise self._file_error(error) from error
-
-        return await trio.to_thread.run_sync(guarded)
-
-    def _file_error(self, error: OSError) -> RemoteError:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return RemoteError(f"{self.name}: no space left; free some and try again")
-        return UnavailableError(f"{self.name}: {error.strerror or error} ({error.filename or self._path})")
+    # -- below: blocking, run in threads --
 
     def _blob_path(self, digest: Digest) -> str:
         return os.path.join(self._blobs, digest.hex)
 
-    def _read_index(self) -> list[dict[str, Any]]:
-        try:
-            with open(os.path.join(self._path, "index.json"), "rb") as file:
-                data = file.read(_INDEX_LIMIT + 1)
-        except FileNotFoundError:
-            if not os.path.isdir(self._path):
-                raise NotFoundError(f"{self.name}: no such directory") from None
-            raise NotFoundError(f"{self.name}: not an OCI image layout (it has no index.json)") from None
-        try:
-            entries = json.loads(data)["manifests"]
-            if not all(isinstance(entry, dict) for entry in entries):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FormatError(f"{self.name}: index.json is not an OCI index") from error
-        return list(entries)
-
-    def _resolve(self, reference: str) -> Descriptor:
-        if reference.startswith("sha256:"):
-            digest = Digest(reference)
-            try:
-                size = os.path.getsize(self._blob_path(digest))
-            except FileNotFoundError:
-                raise NotFoundError(f"{self.name}: no manifest {reference}") from None
-            return Descriptor("", digest, size)
-        for entry in self._read_index():
-            annotations = entry.get("annotations")
-            if isinstance(annotations, dict) and annotations.get(_REF_NAME) == reference:
-                return parse_descriptor(entry)
-        raise NotFoundError(f"{self.name}: no tag {reference}")
-
-    def _get_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
-        found = self._resolve(reference)
-        if found.size > MANIFEST_LIMIT:
-            raise FormatError(f"{self.name}: manifest {reference} of {found.size} bytes, at most {MANIFEST_LIMIT}")
-        data = self._get_blob(found.digest, found.size)
-        return Descriptor(found.media_type or media_type_of(data), found.digest, len(data)), data
-
-    def _get_blob(self, digest: Digest, size: int) -> bytes:
-        descriptor = self._open_blob(digest)
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(size + 1)
-        if len(data) != size or Digest.of(data) != digest:
-            raise IntegrityError(f"{self.name}: blob {digest} is not what its digest says, or not {size} bytes")
-        return data
-
     def _open_blob(self, digest: Digest) -> int:
         try:
             return os.open(self._blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise NotFoundError(f"{self.name}: blob {digest} is not there") from None
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_layout()
+            raise NotFoundError(f"{self.name} has no blob {digest}") from None
 
-    def _put_manifest(self, data: bytes, media_type: str, tag: str | None, subject: Descriptor | None) -> Descriptor:
-        self._prepare()
-        descriptor = Descriptor(media_type, self._put_blob(data), len(data))
-        with self._locked():
-            if subject:
-                self._list_referrer(subject.digest, descriptor_of_manifest(data, media_type))
-            if tag:
-                self._tag(descriptor, tag)
-        return descriptor
+    def _read_verified(self, digest: Digest, size: int | None, limit: int = MAX_WHOLE_BLOB) -> bytes:
+        fd = self._open_blob(digest)
+        with open(fd, "rb") as file:
+            actual = os.fstat(fd).st_size
+            if size is not None and actual != size:
+                raise IntegrityError(f"blob {digest} in {self.name} is {actual} bytes, expected {size}")
+            if actual > limit:
+                raise RemoteError(f"{digest} in {self.name} is {actual} bytes, expected at most {limit}")
+            data = file.read(actual)
+        if Digest.of(data) != digest:
+            raise IntegrityError(f"{digest} in {self.name} holds other bytes (they hash to {Digest.of(data)})")
+        return data
 
-    def _list_referrer(self, subject: Digest, descriptor: Descriptor) -> None:
-        tag = referrers_tag(subject)
+    def _read_index(self) -> Document:
+        path = os.path.join(self._path, "index.json")
         try:
-            existing: bytes | None = self._get_manifest(tag)[1]
+            with open(path, "rb") as file:
+                data = file.read(MAX_DOCUMENT + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            self._check_layout()
+            return new_index()
+        try:
+            return parse_index(data)
+        except FormatError as error:
+            raise RemoteError(f"{path} cannot be used: {error}") from None
+
+    def _check_layout(self) -> None:
+        """Raise NotFoundError unless the directory is a layout."""
+        if not os.path.isfile(os.path.join(self._path, LAYOUT_FILE)):
+            raise NotFoundError(f"{self.name} is not an OCI image layout: there is no file {self._path}/{LAYOUT_FILE}")
+
+    def _read_manifest(self, reference: str) -> tuple[Descriptor, bytes]:
+        wanted = parse_digest_or_tag(reference)
+        index = self._read_index()
+        if isinstance(wanted, Digest):
+            entry = next((e for e in index["manifests"] if e.get("digest") == wanted.text), None)
+        else:
+            entry = next((e for e in index["manifests"] if _tag_of(e) == wanted), None)
+            if entry is None:
+                raise NotFoundError(f"{self.name} has no tag {wanted}{_known_tags(index)}")
+        try:
+            digest = wanted if isinstance(wanted, Digest) else descriptor_of(entry or {}).digest
+        except FormatError as error:
+            raise RemoteError(f"index.json of {self.name} has a malformed entry for {reference}: {error}") from None
+        try:
+            data = self._read_verified(digest, None, MAX_DOCUMENT)
         except NotFoundError:
-            existing = None
-        data = extend_index(existing, descriptor)
-        self._tag(Descriptor(MEDIA_INDEX, self._put_blob(data), len(data)), tag)
+            raise NotFoundError(f"{self.name} has no manifest {digest}") from None
+        media_type = entry.get("mediaType") if entry is not None else media_type_inside(data)
+        return Descriptor(media_type if isinstance(media_type, str) else "", digest, len(data)), data
 
-    def _tag(self, descriptor: Descriptor, tag: str) -> None:
-        kept = [entry for entry in self._read_index() if (entry.get("annotations") or {}).get(_REF_NAME) != tag]
-        named = Descriptor(descriptor.media_type, descriptor.digest, descriptor.size, {_REF_NAME: tag})
-        index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [*kept, descriptor_json(named)]}
-        self._replace("index.json", json.dumps(index, indent=1).encode())
+    def _list_manifest(self, descriptor: Descriptor, tag: str | None, has_subject: bool) -> None:
+        index = self._read_index()
+        if tag is None:
+            if any(entry.get("digest") == descriptor.digest.text for entry in index["manifests"]):
+                return
+        else:
+            index = self._untag(index, tag)
+            # An entry of the same manifest without a tag was only there to be found; this one does that as well.
+            index = without(index, lambda e: e.get("digest") == descriptor.digest.text and _tag_of(e) is None)
+        entry = entry_of(Descriptor(descriptor.media_type, descriptor.digest, descriptor.size))
+        if has_subject and descriptor.artifact_type is not None:
+            entry["artifactType"] = descriptor.artifact_type
+        if tag is not None:
+            entry["annotations"] = {REF_NAME: tag}
+        data = encode_index(with_entry(index, entry))
+        if len(data) > MAX_DOCUMENT:
+            raise RemoteError(f"index.json of {self.name} would grow over {MAX_DOCUMENT} bytes; remove old entries")
+        write_synced(self._path, "index.json", data)
 
-    def _prepare(self) -> None:
-        os.makedirs(self._blobs, exist_ok=True)
-        if not os.path.exists(os.path.join(self._path, "oci-layout")):
-            self._replace("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
-        with self._locked():
-            if not os.path.exists(os.path.join(self._path, "index.json")):
-                index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []}
-                self._replace("index.json", json.dumps(index).encode())
+    def _untag(self, index: Document, tag: str) -> Document:
+        """Take `tag` off its manifest; one that is a referrer stays listed, or nobody would find it again."""
+        kept = without(index, lambda e: _tag_of(e) == tag)
+        for entry in index["manifests"]:
+            if _tag_of(entry) != tag or any(e.get("digest") == entry.get("digest") for e in kept["manifests"]):
+                continue
+            with contextlib.suppress(FormatError, RemoteError, IntegrityError):
+                digest = descriptor_of(entry).digest
+                if subject_of(parse_document(self._read_verified(digest, None, MAX_DOCUMENT))) is not None:
+                    kept = with_entry(kept, {k: v for k, v in entry.items() if k != "annotations"})
+        return kept
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(os.path.join(self._path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _replace(self, name: str, data: bytes) -> None:
-        descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=self._path)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            os.rename(temporary, os.path.join(self._path, name))
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-    def _put_blob(self, data: bytes | bytearray | memoryview) -> Digest:
-        digest = Digest.of(data)
-        if not os.path.exists(self._blob_path(digest)):
-            upload = self._begin_upload()
+    def _find_referrers(self, digest: Digest) -> list[Descriptor]:
+        index = self._read_index()
+        found: dict[str, Descriptor] = {}
+        fallback = referrers_tag(digest)
+        for listed in valid_descriptors(index):
             try:
-                upload.append(data)
-                upload.finish(digest)
-            finally:
-                upload.discard()
+                data = self._read_verified(listed.digest, None, MAX_DOCUMENT)
+                document = parse_document(data)
+            except (NotFoundError, FormatError, RemoteError, IntegrityError):
+                continue  # one damaged manifest must not hide the others
+            if subject_of(document) == digest.text:
+                found.setdefault(listed.digest.text, describe_manifest(data, listed.media_type))
+            if listed.annotations.get(REF_NAME) == fallback:
+                with contextlib.suppress(FormatError):
+                    for descriptor in valid_descriptors(parse_index(data)):
+                        found.setdefault(descriptor.digest.text, descriptor)
+        return list(found.values())
+
+    def _write_blob(self, data: bytes | bytearray | memoryview) -> Digest:
+        self._create()
+        digest = Digest.of(data)
+        if not os.path.isfile(self._blob_path(digest)):
+            write_synced(self._blobs, digest.hex, data, staging=uploads_directory(self._path))
         return digest
 
-    def _begin_upload(self) -> _FileUpload:
-        self._prepare()
-        descriptor, temporary = tempfile.mkstemp(prefix=".upload-", dir=self._blobs)
-        return _FileUpload(self, descriptor, temporary)
+    def _create(self) -> None:
+        """Make the layout unless it is there. Raises UsageError for a directory that is something else."""
+        marker = os.path.join(self._path, LAYOUT_FILE)
+        if os.path.isfile(marker):
+            return
+        try:
+            os.makedirs(self._path, exist_ok=True)
+            foreign = [name for name in os.listdir(self._path) if name not in {"blobs", ".uploads", "index.json"}]
+            if foreign and not os.path.isfile(marker) and not all(n.startswith(".tmp-") for n in foreign):
+                raise UsageError(
+                    f"{self._path} is neither an OCI image layout nor empty (it holds {foreign[0]!r}); name a new directory"
+                )
+            os.makedirs(self._blobs, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UsageError(
+                f"{self._path} is not a directory; name a new directory for the OCI image layout"
+            ) from None
+        if not os.path.exists(os.path.join(self._path, "index.json")):
+            write_synced(self._path, "index.json", encode_index(new_index()), replace=False)
+        write_synced(self._path, LAYOUT_FILE, LAYOUT_BYTES, replace=False)
+
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
+        """Hold the layout's flock: between processes and between tasks, since each call opens the file anew."""
+        fd = os.open(os.path.join(self._path, LAYOUT_FILE), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with trio.move_on_after(self._lock_timeout_s) as scope:
+                while not _try_lock(fd):  # noqa: ASYNC110 - the holder may be another process: there is no event to wait for
+                    await trio.sleep(0.02)
+            if scope.cancelled_caught:
+                raise UnavailableError(
+                    f"{self.name} stayed locked by another process for {self._lock_timeout_s:g} s; is a build hanging?"
+                )
+            yield
+        finally:
+            os.close(fd)
 
 
-class _FileUpload:
-    """A blob being written to a temporary file and hashed on the way."""
+class FileRange:
+    """BlobStream over an open file."""
 
-    def __init__(self, layout: OciLayout, descriptor: int, temporary: str) -> None:
-        self._layout = layout
-        self._descriptor = descriptor
-        self._temporary = temporary
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    @property
-    def offset(self) -> int:
-        return self._size
-
-    @property
-    def resume_token(self) -> str | None:
-        return None
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append `data`."""
-        await self._layout._run(self.append, data)
-
-    async def commit(self, digest: Digest) -> None:
-        """Rename the file to its digest."""
-        await self._layout._run(self.finish, digest)
-
-    async def abandon(self) -> None:
-        """Delete the temporary file."""
-        self.discard()
-
-    def append(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data)
-        self._hash.update(view)
-        self._size += len(view)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
-
-    def finish(self, digest: Digest) -> None:
-        if self._hash.hexdigest() != digest.hex:
-            raise IntegrityError(
-                f"{self._layout.name}: wrote bytes that hash to sha256:{self._hash.hexdigest()}, not {digest}"
-            )
-        os.fchmod(self._descriptor, 0o644)
-        os.fsync(self._descriptor)
-        os.rename(self._temporary, self._layout._blob_path(digest))
-        self._temporary = ""
-        self.discard()
-
-    def discard(self) -> None:
-        if self._temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
-            self._temporary = ""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.discard()
-
-
-class _FileStream:
-    """A range of a blob file."""
-
-    def __init__(self, descriptor: int, offset: int, length: int, what: str) -> None:
-        self._descriptor = descriptor
+    def __init__(self, fd: int, offset: int, length: int, what: str) -> None:
+        self._fd = fd
         self._offset = offset
         self._left = length
         self._what = what
 
     async def readinto(self, buffer: memoryview) -> None:
-        """Fill `buffer` with the next bytes of the range."""
+        """Fill `buffer` with the next bytes of the range. Raises UnavailableError, ValueError (see BlobStream)."""
         if len(buffer) > self._left:
-            raise ValueError(f"{len(buffer)} bytes asked of a range with {self._left} left")
-        await trio.to_thread.run_sync(self._fill, buffer)
-        self._offset += len(buffer)
-        self._left -= len(buffer)
-
-    def _fill(self, buffer: memoryview) -> None:
+            raise ValueError(f"{len(buffer)} bytes asked, {self._left} left in the range")
         done = 0
         while done < len(buffer):
-            try:
-                got = os.preadv(self._descriptor, [buffer[done:]], self._offset + done)
-            except OSError as error:
-                raise UnavailableError(f"{self._what}: {error.strerror}") from error
-            if not got:
-                raise UnavailableError(f"{self._what} ends at byte {self._offset + done}")
+            piece = buffer[done : done + READ_PIECE]
+            got = await in_thread(partial(os.preadv, self._fd, [piece], self._offset))
+            if got == 0:
+                self._left = 0
+                raise UnavailableError(f"{self._what} ends at byte {self._offset}; it shrank while it was read")
             done += got
+            self._offset += got
+            self._left -= got
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in {errno.EWOULDBLOCK, errno.EINTR}:
+            return False
+        raise
+    return True
+
+
+def _tag_of(entry: Document) -> str | None:
+    annotations = entry.get("annotations")
+    tag = annotations.get(REF_NAME) if isinstance(annotations, dict) else None
+    return tag if isinstance(tag, str) else None
+
+
+def _known_tags(index: Document) -> str:
+    tags = sorted({tag for tag in map(_tag_of, index["manifests"]) if tag is not None and tag.isprintable()})
+    if not tags:
+        return "; it has no tags"
+    return f"; it has {', '.join(tags[:8])}{' and more' if len(tags) > 8 else ''}"

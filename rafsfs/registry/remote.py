@@ -1,299 +1,263 @@
-"""Requests to one repository of a registry: authentication, retries, errors, redirects. Used by client.py and upload.py.
+"""Requests to one repository of a registry: authentication, redirects, retries, errors.
 
-Decided here: which answers are retried, which become which error, what crosses to another origin (never Authorization). Small
-control requests go through httpx; ranges of blobs through net/http1.py. Every wait has a limit: `timeout_s` without a byte, and
-`retries` attempts.
+Decided here: which answers are tried again, which become which error, and what crosses to another origin: never an
+Authorization header, never from TLS to plain HTTP. Small control requests go through httpx; ranges of blobs through
+net/http1.py (blob_range.py). Every wait has a bound: `timeout_s` without a byte, the retry policy for the rest.
+
+Concurrency: no task of its own; all methods may run side by side and may be cancelled.
 """
 
 from __future__ import annotations
 
 import random
-import ssl
-import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urljoin
 
 import httpx
-import trio
 
-from ..errors import AccessDeniedError, NotFoundError, RemoteError, UnavailableError, UsageError
-from ..net.http1 import HttpPool, Response, Target, display_url
-from ..net.ranges import check_content_range, format_range
-from ..net.retry import RETRY_STATUSES, backoff, retry_after
-from ..types import Digest
-from .auth import Authorizer
-from .reference import Reference
+from .. import __version__
+from ..errors import RemoteError, UnavailableError, UsageError
+from ..net.http1 import HttpPool
+from ..net.http_head import Headers
+from ..net.origin import Target, parse_url, resolve_url
+from ..net.pace import Pace
+from ..net.proxy import proxy_for
+from ..net.retry import RETRYABLE_STATUSES, RetryPolicy
+from ..net.tls import client_context, explain_tls_failure
+from .answer import Answer, error_detail
+from .auth import Authorizer, Scope
+from .credentials import DOCKER_HUB
+from .options import RegistryOptions
 
-_REDIRECTS: Final = 5
-_REDIRECT_LIFE_S: Final = 60.0
-"""How long a blob's redirect target is used again: signed URLs live minutes at least."""
-_SKIP_LIMIT: Final = 8 << 20
-"""Bytes thrown away to reach the offset when a server ignores Range; beyond that the range cannot be had."""
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryOptions:
-    """How to reach a registry. `docker_config` names a directory; secrets themselves are never passed around."""
-
-    plain_http: bool = False
-    ca_file: str | None = None
-    client_cert: str | None = None
-    client_key: str | None = None
-    docker_config: str | None = None
-    timeout_s: float = 30.0
-    """Longest silence on a connection, seconds."""
-    retries: int = 4
-    """Attempts after the first for what may pass: connection errors, 429, 5xx."""
-
-
-def make_ssl_context(options: RegistryOptions) -> ssl.SSLContext:
-    """Return the TLS settings: system roots or `ca_file`, host names verified, client certificate if given."""
-    try:
-        context = ssl.create_default_context(cafile=options.ca_file)
-        if options.client_cert:
-            context.load_cert_chain(options.client_cert, options.client_key)
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"TLS files cannot be loaded: {error}") from error
-    return context
+MAX_REDIRECTS: Final = 5
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_ERROR_LIMIT: Final = 64 << 10
+"""Bytes read of an answer that is not the one wanted."""
+_PIECE: Final = 1 << 20
+"""Request bodies are handed over in pieces of this size: the time limit is on each."""
+_USER_AGENT: Final = f"rafs/{__version__}"
 
 
 class Remote:
     """One repository of a registry, below the level of manifests and blobs."""
 
-    def __init__(self, reference: Reference, options: RegistryOptions) -> None:
-        self.name = f"{reference.registry}/{reference.repository}"
-        self.registry = reference.registry
-        self.repository = reference.repository
-        plain = options.plain_http or (reference.is_loopback and not (options.ca_file or options.client_cert))
-        host = "registry-1.docker.io" if reference.registry in {"docker.io", "index.docker.io"} else reference.registry
-        self.base = f"{'http' if plain else 'https'}://{host}/v2/"
-        self._options = options
-        context = make_ssl_context(options)
-        self._client = httpx.AsyncClient(
-            verify=context,
-            timeout=options.timeout_s,
-            trust_env=not reference.is_loopback,
-            limits=httpx.Limits(max_connections=32, max_keepalive_connections=16),
-            headers={"User-Agent": "rafs"},
+    def __init__(self, registry: str, repository: str, options: RegistryOptions) -> None:
+        self.name = f"{registry}/{repository}"
+        self.repository = repository
+        host = registry
+        if registry in DOCKER_HUB:
+            # The hub's API lives elsewhere, and its official images below `library`.
+            host = "registry-1.docker.io"
+            self.repository = repository if "/" in repository else f"library/{repository}"
+        try:
+            self.base = parse_url(f"https://{host}/v2/{self.repository}/")
+            plain = options.plain_http or (self.base.origin.is_loopback and not options.asks_for_tls)
+            if plain:
+                self.base = parse_url(f"http://{host}/v2/{self.repository}/")
+        except ValueError as error:
+            raise UsageError(f"registry {registry!r} cannot be addressed: {error}") from None
+        self.origin = self.base.origin
+        self.plain = plain
+        self.rng = random.Random()
+        self._timeout_s = options.timeout_s
+        self._policy = RetryPolicy(retries=options.retries, budget_s=2 * options.timeout_s)
+        self._context = client_context(
+            ca_file=options.ca_file, client_cert=options.client_cert, client_key=options.client_key
         )
-        self._auth = Authorizer(self._client, self.registry, self.repository, options.docker_config)
-        self._pool = HttpPool(ssl_context=context, timeout_s=options.timeout_s)
-        self._redirects: dict[Digest, tuple[str, float]] = {}
-        self._rng = random.Random()
+        self._clients: dict[str | None, httpx.AsyncClient] = {}
+        self.pool = HttpPool(ssl_context=self._context, timeout_s=options.timeout_s, user_agent=_USER_AGENT)
+        self.auth = Authorizer(self, registry, self.repository, docker_config=options.docker_config, plain_http=plain)
 
-    def url(self, path: str) -> str:
+    def scope(self, actions: str, *, also_pull: str | None = None) -> Scope:
+        """Return the scope of `actions` here, and of pulling from another repository if named."""
+        own = Scope.of(self.repository, actions)
+        return own if also_pull is None else Scope((*own.resources, (also_pull, "pull")))
+
+    def target(self, path: str) -> Target:
         """Return the URL of a path below this repository, e.g. `manifests/v1`."""
-        return f"{self.base}{self.repository}/{path}"
+        return Target(self.origin, self.base.path + path)
 
-    async def request(
+    def pace(self) -> Pace:
+        """Return the retry state for one operation."""
+        return Pace(self._policy, self.rng)
+
+    async def call(
         self,
         method: str,
-        url: str,
+        target: Target,
         *,
-        actions: str = "pull",
+        what: str,
+        scope: Scope,
         headers: Mapping[str, str] | None = None,
-        content: bytes | memoryview | None = None,
-        limit: int = 1 << 20,
+        body: bytes | bytearray | memoryview | None = None,
+        limit: int = _ERROR_LIMIT,
+        follow: bool = True,
         retry: bool = True,
-        extra_scope: str | None = None,
-    ) -> httpx.Response:
-        """Send a control request and return the answer, its body read up to `limit` bytes; redirects of GET and HEAD are
-        followed. Raises UnavailableError after the last attempt, AccessDeniedError for 401 and 403.
+        patience_s: float = 0.0,
+    ) -> Answer:
+        """Send a request and return its answer, whatever its status but for those that are errors here.
+
+        A 2xx body over `limit` bytes is refused. `what` names the thing in messages. `patience_s` is added to the wait
+        for the answer, for requests that make the registry work. With `retry` off one try is made.
+        Raises UnavailableError (after the retries; also for 429 and 5xx), AccessDeniedError (401, 403), RemoteError.
         """
-        delays = backoff(self._options.retries if retry else 0, self._rng)
+        pace = self.pace()
         while True:
-            failure: UnavailableError
-            wait: float | None = None
+            asked = None
             try:
-                response = await self._once(method, url, actions, dict(headers or {}), content, limit, extra_scope)
-                if response.status_code not in RETRY_STATUSES:
-                    return response
-                wait = retry_after(response.headers.get("retry-after"), time.time())
-                failure = UnavailableError(f"{self.name}: {method} {display_url(url)} answered {response.status_code}")
+                answer = await self._authorized(
+                    method, target, scope, dict(headers or {}), body, limit, follow, patience_s, what
+                )
+                if answer.status not in RETRYABLE_STATUSES:
+                    return answer
+                asked = answer.headers.get("retry-after")
+                _, detail = error_detail(answer.body)
+                failure = UnavailableError(f"{self.name}: {what}: the registry answered {answer.status}{detail}")
             except UnavailableError as error:
                 failure = error
-            delay = next(delays, None)
-            if delay is None:
+            if not retry:
                 raise failure
-            await trio.sleep(delay if wait is None else wait)
+            await pace.again(failure, asked)
 
-    async def _once(
-        self,
-        method: str,
-        url: str,
-        actions: str,
-        headers: dict[str, str],
-        content: bytes | memoryview | None,
-        limit: int,
-        extra_scope: str | None,
-    ) -> httpx.Response:
-        origin = Target.parse(url).origin
-        header = None if extra_scope else self._auth.header(actions)
-        authenticated = False
-        for _ in range(_REDIRECTS + 2):
-            at_home = Target.parse(url).origin == origin
-            if header and at_home:
-                headers["Authorization"] = header
-            else:
-                headers.pop("Authorization", None)
-            response = await self._send(method, url, headers, content, limit)
-            if response.status_code == 401 and at_home and not authenticated:
-                challenge = response.headers.get("www-authenticate", "")
-                header = await self._auth.answer(actions, challenge, header, extra_scope)
-                authenticated = True
-            elif response.status_code in {301, 302, 303, 307, 308} and method in {"GET", "HEAD"}:
-                url = urljoin(url, response.headers.get("location", ""))
-            elif response.status_code in {401, 403}:
-                raise await self._denied(response.status_code)
-            else:
-                return response
-        raise RemoteError(f"{self.name}: more than {_REDIRECTS} redirects, at {display_url(url)}")
+    async def ask_token(
+        self, target: Target, *, authorization: str | None, form: Mapping[str, str] | None
+    ) -> tuple[int, bytes]:
+        """Send a request to a token server. Raises UnavailableError, RemoteError."""
+        headers = {"Authorization": authorization} if authorization is not None else {}
+        if form is None:
+            answer = await self._exchange("GET", target, headers, None, _ERROR_LIMIT * 4, 0.0, "token")
+        else:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            encoded = str(httpx.QueryParams(form)).encode("ascii")
+            answer = await self._exchange("POST", target, headers, encoded, _ERROR_LIMIT * 4, 0.0, "token")
+        return answer.status, answer.body
 
-    async def _send(
-        self, method: str, url: str, headers: Mapping[str, str], content: bytes | memoryview | None, limit: int
-    ) -> httpx.Response:
-        body = bytes(content) if isinstance(content, memoryview) else content
+    def redirected(self, target: Target, location: str | None, what: str) -> Target:
+        """Return where a redirect leads. Raises RemoteError for one that must not be followed."""
         try:
-            async with self._client.stream(method, url, headers=headers, content=body) as response:
-                collected = bytearray()
-                if method != "HEAD":
-                    async for part in response.aiter_bytes():
-                        collected += part
-                        if len(collected) > limit:
-                            raise RemoteError(f"{self.name}: answer of {display_url(url)} is over {limit} bytes")
-                return httpx.Response(
-                    response.status_code,
-                    headers=[(k, v) for k, v in response.headers.raw if k.lower() != b"content-encoding"],
-                    content=bytes(collected),
-                )
-        except httpx.HTTPError as error:
-            raise UnavailableError(f"{self.name}: {method} {display_url(url)}: {_describe(error)}") from error
-
-    async def _denied(self, status: int) -> AccessDeniedError:
-        if await self._auth.has_credential():
-            why = "the credentials of the docker config are not sufficient"
-        else:
-            why = f"no credentials for {self.registry} in the docker config; log in with `docker login {self.registry}`"
-        return AccessDeniedError(f"{self.name}: access denied ({status}), {why}")
-
-    @asynccontextmanager
-    async def open_blob_range(self, digest: Digest, offset: int, length: int) -> AsyncIterator[Response]:
-        """Open bytes [offset, offset+length) of a blob, at the place where its first byte is. Opening is retried."""
-        delays = backoff(self._options.retries, self._rng)
-        while True:
-            failure: UnavailableError
-            wait: float | None = None
-            try:
-                async with self._open_once(digest, offset, length) as (response, status):
-                    if response is not None:
-                        yield response
-                        return
-                    wait = retry_after(status[1], time.time())
-                    failure = UnavailableError(f"{self.name}: blob {digest} answered {status[0]}")
-            except _OpenError as error:
-                failure = error.cause
-            delay = next(delays, None)
-            if delay is None:
-                raise failure
-            await trio.sleep(delay if wait is None else wait)
-
-    @asynccontextmanager
-    async def _open_once(
-        self, digest: Digest, offset: int, length: int
-    ) -> AsyncIterator[tuple[Response | None, tuple[int, str | None]]]:
-        home = self.url(f"blobs/{digest}")
-        origin = Target.parse(home).origin
-        remembered = self._redirects.get(digest)
-        url = remembered[0] if remembered and remembered[1] > trio.current_time() else home
-        header = self._auth.header("pull")
-        for _ in range(_REDIRECTS + 3):
-            target = Target.parse(url)
-            headers = {"Range": format_range(offset, length)}
-            if header and target.origin == origin:
-                headers["Authorization"] = header
-            manager = self._pool.get(target, headers)
-            try:
-                response = await manager.__aenter__()
-            except UnavailableError as error:
-                raise _OpenError(UnavailableError(f"{self.name}: {error}")) from error
-            leave = True
-            try:
-                status = response.status
-                if status == 401 and target.origin == origin:
-                    header = await self._auth.answer("pull", response.headers.get("www-authenticate", ""), header)
-                elif status in {301, 302, 303, 307, 308}:
-                    url = urljoin(url, response.headers.get("location", ""))
-                    Target.parse(url)
-                    if len(self._redirects) > 4096:
-                        self._redirects.clear()
-                    self._redirects[digest] = (url, trio.current_time() + _REDIRECT_LIFE_S)
-                elif status in {401, 403, 404} and url != home:
-                    self._redirects.pop(digest, None)  # a signed URL that has expired
-                    url = home
-                elif status in {401, 403}:
-                    raise await self._denied(status)
-                elif status == 404:
-                    raise NotFoundError(f"{self.name}: blob {digest} is not there")
-                elif status in RETRY_STATUSES:
-                    yield None, (status, response.headers.get("retry-after"))
-                    return
-                else:
-                    await self._position(response, digest, offset, length)
-                    leave = False
-                    try:
-                        yield response, (status, None)
-                    finally:
-                        await manager.__aexit__(None, None, None)
-                    return
-            finally:
-                if leave:
-                    await manager.__aexit__(None, None, None)
-        raise RemoteError(f"{self.name}: blob {digest} is redirected in circles")
-
-    async def _position(self, response: Response, digest: Digest, offset: int, length: int) -> None:
-        """Check the answer to a range request and read up to the offset if the server ignored the range."""
-        if response.status == 206:
-            try:
-                check_content_range(response.headers.get("content-range"), offset, length)
-            except RemoteError as error:
-                raise RemoteError(f"{self.name}: blob {digest}: {error}") from error
-        elif response.status == 200:
-            if offset > _SKIP_LIMIT:
-                raise RemoteError(f"{self.name}: blob {digest}: the server ignores Range requests")
-            scratch = memoryview(bytearray(min(offset, 1 << 16)))
-            left = offset
-            while left:
-                part = scratch[: min(left, len(scratch))]
-                await response.readinto(part)
-                left -= len(part)
-        else:
-            raise RemoteError(f"{self.name}: blob {digest} answered {response.status} to a range request")
+            found = resolve_url(target, location or "")
+        except ValueError as error:
+            raise RemoteError(f"{self.name}: {what} is redirected to nowhere: {error}") from None
+        if location is None or (target.origin.is_tls and not found.origin.is_tls):
+            raise RemoteError(f"{self.name}: {what} is redirected from TLS to {found}, which is not followed")
+        return found
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        self._pool.close()
-        with trio.CancelScope(shield=True), trio.move_on_after(1):
-            await self._client.aclose()
+        """Close all connections. Idempotent."""
+        self.pool.close()
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            await client.aclose()
+
+    async def _authorized(
+        self,
+        method: str,
+        target: Target,
+        scope: Scope,
+        headers: dict[str, str],
+        body: bytes | bytearray | memoryview | None,
+        limit: int,
+        follow: bool,
+        patience_s: float,
+        what: str,
+    ) -> Answer:
+        for _ in range(MAX_REDIRECTS + 1):
+            at_home = target.origin == self.origin
+            header = self.auth.header(scope) if at_home else None
+            answer = await self._exchange(method, target, _with(headers, header), body, limit, patience_s, what)
+            if answer.status == 401 and at_home:
+                header = await self.auth.renew(scope, answer.headers.get_all("www-authenticate"), header)
+                answer = await self._exchange(method, target, _with(headers, header), body, limit, patience_s, what)
+            if answer.status in {401, 403}:
+                _, detail = error_detail(answer.body)
+                raise self.auth.denied(f"{what}: {target.origin.netloc} answered {answer.status}{detail}")
+            if answer.status not in REDIRECTS or not follow or method not in {"GET", "HEAD"}:
+                return answer
+            target = self.redirected(target, answer.location, what)
+        raise RemoteError(f"{self.name}: {what} is redirected more than {MAX_REDIRECTS} times, last to {target}")
+
+    async def _exchange(
+        self,
+        method: str,
+        target: Target,
+        headers: Mapping[str, str],
+        body: bytes | bytearray | memoryview | None,
+        limit: int,
+        patience_s: float,
+        what: str,
+    ) -> Answer:
+        """Send one request and read its answer. Raises UnavailableError when there is none to be had this time."""
+        fields = dict(headers)
+        content: AsyncIterator[bytes] | bytes | None = None
+        if body is not None:
+            fields["Content-Length"] = str(len(body))
+            content = _pieces(body) if len(body) else b""
+        timeout = httpx.Timeout(self._timeout_s, read=self._timeout_s + patience_s)
+        client = self._client_for(target)
+        try:
+            async with client.stream(method, target.url, headers=fields, content=content, timeout=timeout) as response:
+                received = bytearray()
+                if method != "HEAD":
+                    bound = limit if response.is_success else _ERROR_LIMIT
+                    async for piece in response.aiter_bytes():
+                        received += piece
+                        if len(received) > bound:
+                            if response.is_success:
+                                raise RemoteError(
+                                    f"{self.name}: {what} is larger than {bound} bytes, the most accepted"
+                                )
+                            break
+                raw = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
+                return Answer(response.status_code, Headers(raw), bytes(received), target)
+        except httpx.HTTPError as error:
+            raise self._failure(error, target) from error
+        except httpx.InvalidURL as error:
+            raise RemoteError(f"{self.name}: {target} cannot be asked: {error}") from None
+
+    def _client_for(self, target: Target) -> httpx.AsyncClient:
+        proxy = proxy_for(target.origin)
+        url = proxy.url if proxy is not None else None
+        if url not in self._clients:
+            self._clients[url] = httpx.AsyncClient(
+                verify=self._context,
+                trust_env=False,  # proxies are chosen by net/proxy.py, the same way for both clients
+                proxy=url,
+                headers={"User-Agent": _USER_AGENT},
+                limits=httpx.Limits(max_connections=32, max_keepalive_connections=8, keepalive_expiry=20.0),
+            )
+        return self._clients[url]
+
+    def _failure(self, error: httpx.HTTPError, target: Target) -> RemoteError:
+        server = target.origin.netloc
+        if (told := explain_tls_failure(error, server)) is not None:
+            return told
+        if isinstance(error, httpx.TimeoutException):
+            doing = "connecting to" if isinstance(error, httpx.ConnectTimeout) else "waiting for"
+            return UnavailableError(f"{doing} {server} took over {self._timeout_s:g} s")
+        if isinstance(error, httpx.ConnectError):
+            return UnavailableError(f"cannot connect to {server}: {_cause(error)}")
+        return UnavailableError(f"{server}: the exchange broke off: {_cause(error)}")
 
 
-class _OpenError(Exception):
-    """Wraps a failure to open, so that errors of the block that reads are not taken for it."""
-
-    def __init__(self, cause: UnavailableError) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+def _with(headers: Mapping[str, str], authorization: str | None) -> Mapping[str, str]:
+    return headers if authorization is None else {**headers, "Authorization": authorization}
 
 
-def _describe(error: httpx.HTTPError) -> str:
+async def _pieces(body: bytes | bytearray | memoryview) -> AsyncIterator[bytes]:
+    view = memoryview(body).cast("B")
+    for start in range(0, len(view), _PIECE):
+        yield bytes(view[start : start + _PIECE])
+
+
+def _cause(error: BaseException) -> str:
+    """Return the innermost reason in words: httpx and its parts wrap it several times."""
     cause: BaseException = error
-    while cause.__cause__ is not None and not str(cause):
-        cause = cause.__cause__
-    text = str(cause) or type(cause).__name__
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        text += " (give the authority's certificate with --ca-file)"
-    elif "WRONG_VERSION_NUMBER" in text or "record layer failure" in text.lower():
-        text += " (the server speaks plain HTTP; use --plain-http if that is meant)"
-    return text
+    for _ in range(10):
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        inner = cause.__cause__ or (cause.__context__ if not cause.__suppress_context__ else None)
+        if inner is None:
+            break
+        cause = inner
+    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return "".join(c for c in str(text) if c.isprintable())[:150].lower()

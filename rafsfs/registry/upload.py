@@ -1,167 +1,304 @@
-"""One blob upload to a registry: POST, PATCH parts, PUT (distribution-spec 1.1 §"Pushing a blob in chunks").
+"""One blob on its way to a registry: POST, PATCH in parts, PUT (distribution-spec 1.1, pushing blobs).
 
-Decided here: parts of 8 MiB, what survives a broken connection, what a resume token holds. Rules: only the LAST Location is good
-(docker-registry keeps state in it); after a failed PATCH the registry is asked how far it got before anything is sent again.
+Decided here: parts of 8 MiB; a blob that fits into one goes with the final PUT alone. Only the LAST Location is good
+(docker-registry keeps its state in it), so a resume token is good until the next part is sent. After a part whose fate
+is unknown the registry is asked how far it got before anything is sent again. A session that is gone starts anew as
+long as all its bytes are still here, in the first part; later the upload is lost, which `resume_token` being None says.
 
-Concurrency: one task writes; nothing is shared. A cancelled write leaves the registry with a prefix of the blob, which the next
-`begin_upload` with the token asks about.
+Concurrency: one task writes one upload. A cancelled write leaves the fate of a part unknown; the next one asks first.
+Rule: nothing unacknowledged leaves memory.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
+from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urljoin, urlsplit
 
-from ..errors import IntegrityError, RemoteError, UnavailableError
+from ..errors import IntegrityError, NotFoundError, RemoteError, UnavailableError
+from ..net.origin import MAX_URL, Target
 from ..types import Digest
+from .answer import Answer, error_detail, refusal
 from .remote import Remote
 
-_PART: Final = 8 << 20
-"""Bytes per PATCH: large enough that a round trip costs little, small enough to keep for a second try."""
-_ATTEMPTS: Final = 5
-_RANGE = re.compile(r"\A(?:bytes=)?0-(\d{1,18})\Z")
+PART: Final = 8 << 20
+"""Bytes per PATCH: a round trip costs little against it, and it is what a broken connection makes us send again."""
+MAX_PART: Final = 64 << 20
+"""Largest part that a registry may insist on (OCI-Chunk-Min-Length): it is kept in memory."""
+_HASHING_BYTES_PER_S: Final = 16 << 20
+"""How slow a registry may be at checking a blob before it answers the final PUT."""
+_ACTIONS: Final = "pull,push"
+_VERSION: Final = "upload1:"
+_RANGE: Final = re.compile(r"\A(?:bytes=)?0-([0-9]{1,18})\Z")
+_STARTED: Final = "upload"
+
+
+class UploadLostError(UnavailableError):
+    """The registry has forgotten an upload whose beginning is no longer here: the blob has to be sent from its start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Where an upload stands: the last Location, and the bytes that the registry acknowledged."""
+
+    location: Target
+    held: int
 
 
 class RegistryUpload:
-    """An upload session. Up to 8 MiB wait in memory until a part is full."""
+    """A BlobUpload to a registry. `offset` counts what `write` took; the last bytes of it may wait here for a part."""
 
-    def __init__(self, remote: Remote, location: str, offset: int) -> None:
+    def __init__(self, remote: Remote, session: Session, part: int) -> None:
         self._remote = remote
-        self._location = location
-        self._sent = offset
+        self._session: Session | None = session
+        self._part = part
         self._waiting = bytearray()
+        self._held = session.held
+        self._is_sure = True
 
     @property
     def offset(self) -> int:
-        """Bytes accepted by `write`, resumed ones included."""
-        return self._sent + len(self._waiting)
+        """Bytes taken, resumed ones included."""
+        return self._held + len(self._waiting)
 
     @property
     def resume_token(self) -> str | None:
-        """Where the session continues. Holds no credential: the Location's state is the registry's own."""
-        return json.dumps({"version": 1, "location": self._location})
+        """What continues this upload after the last part that was acknowledged; None if that is not possible."""
+        if self._session is None or not self._is_sure:
+            return None
+        return encode_token(self._remote, self._session)
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append `data`; a full part is sent."""
-        view = memoryview(data)
-        while view:
-            room = _PART - len(self._waiting)
-            self._waiting += view[:room]
-            view = view[room:]
-            if len(self._waiting) == _PART:
-                await self._flush()
+        """Append `data`; full parts are sent. Raises UploadLostError, UnavailableError, AccessDeniedError, RemoteError.
+
+        After a mere UnavailableError all of `data` has been taken: write or commit continues.
+        """
+        view = memoryview(data).cast("B")
+        self._waiting += view
+        while len(self._waiting) > self._part:
+            await self._send_part(self._part)
 
     async def commit(self, digest: Digest) -> None:
-        """Send what is left and finish the blob."""
-        if self._waiting:
-            await self._flush()
-        separator = "&" if urlsplit(self._location).query else "?"
-        url = f"{self._location}{separator}digest={digest}"
-        response = await self._remote.request("PUT", url, actions="pull,push", content=b"", retry=False)
-        if response.status_code == 201:
-            return
-        if "DIGEST_INVALID" in response.text:
-            raise IntegrityError(
-                f"{self._remote.name}: the registry holds other bytes than {digest}; send the blob again"
-            )
-        raise refusal(self._remote, f"finishing blob {digest}", response.status_code, response.text)
+        """Finish the blob. Raises IntegrityError if the registry holds other bytes than that (send them again)."""
+        while len(self._waiting) > self._part or (self._held and self._waiting):
+            await self._send_part(self._part)
+        pace = self._remote.pace()
+        while True:
+            try:
+                if not self._is_sure:
+                    await self._ask_state()
+                await self._put(digest)
+                break
+            except UploadLostError:
+                # A PUT whose answer got lost ends the session, too.
+                if not await self._is_there(digest):
+                    raise
+                break
+            except UnavailableError as error:
+                if await self._is_there(digest):
+                    break
+                await pace.again(error)
+        self._session = None
+        self._held, self._waiting = self.offset, bytearray()
 
     async def abandon(self) -> None:
-        """Keep the session for a later resume."""
+        """Nothing to do: registries expire sessions by themselves."""
 
-    async def _flush(self) -> None:
-        part = bytes(self._waiting)
-        start = self._sent
-        for attempt in range(_ATTEMPTS):
-            rest = part[self._sent - start :]
-            if not rest:
-                break
+    async def _send_part(self, most: int) -> None:
+        """Send up to `most` waiting bytes in one PATCH, again and again until the registry has taken some."""
+        pace = self._remote.pace()
+        while True:
             try:
-                await self._patch(rest)
-            except UnavailableError:
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-                await self._ask_offset(start, len(part))
-        self._waiting.clear()
+                if not self._is_sure:
+                    await self._ask_state()
+                if self._waiting:
+                    await self._patch(memoryview(self._waiting)[:most].toreadonly())
+                return
+            except UploadLostError:
+                raise
+            except UnavailableError as error:
+                await pace.again(error)
 
-    async def _patch(self, data: bytes) -> None:
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Range": f"{self._sent}-{self._sent + len(data) - 1}",
-        }
-        response = await self._remote.request(
-            "PATCH", self._location, actions="pull,push", headers=headers, content=data, retry=False
-        )
-        if response.status_code in {429, 500, 502, 503, 504}:
-            raise UnavailableError(f"{self._remote.name}: an upload part was answered {response.status_code}")
-        if response.status_code not in {201, 202, 204}:
-            raise refusal(self._remote, "an upload part", response.status_code, response.text)
-        self._follow(response.headers.get("location"))
-        self._sent += len(data)
-
-    async def _ask_offset(self, start: int, length: int) -> None:
-        status = await ask_status(self._remote, self._location)
-        if status is None:
-            raise UnavailableError(f"{self._remote.name}: the upload session was lost; start the push again")
-        offset, location = status
-        if not start <= offset <= start + length:
-            raise RemoteError(
-                f"{self._remote.name}: the registry holds {offset} bytes of an upload, expected {start} or more"
+    async def _patch(self, part: memoryview) -> None:
+        session = self._current()
+        self._is_sure = False
+        with part:
+            length = len(part)
+            headers = {
+                "Content-Type": "application/octet-stream",
+                "Content-Range": f"{self._held}-{self._held + length - 1}",
+            }
+            answer = await self._remote.call(
+                "PATCH",
+                session.location,
+                what=_STARTED,
+                scope=self._remote.scope(_ACTIONS),
+                headers=headers,
+                body=part,
+                retry=False,
             )
-        self._location, self._sent = location, offset
+        if answer.status in {404, 416}:
+            raise UnavailableError(f"{self._remote.name}: the registry answered {answer.status} to a part of an upload")
+        if answer.status not in {200, 201, 202, 204}:
+            raise refusal(self._remote.name, _STARTED, answer)
+        expected = self._held + length
+        held = held_bytes(answer, expected)
+        if held is None:
+            held = expected
+        if not self._held < held <= expected:
+            raise RemoteError(f"{self._remote.name}: the registry holds {held} bytes of an upload, expected {expected}")
+        self._acknowledge(Session(self._follow(answer, session.location), held))
 
-    def _follow(self, location: str | None) -> None:
-        if location:
-            self._location = urljoin(self._location, location)
+    async def _put(self, digest: Digest) -> None:
+        session = self._current()
+        self._is_sure = False
+        headers = {"Content-Type": "application/octet-stream"}
+        answer = await self._remote.call(
+            "PUT",
+            session.location.with_query([("digest", digest.text)]),
+            what=f"blob {digest}",
+            scope=self._remote.scope(_ACTIONS),
+            headers=headers,
+            body=bytes(self._waiting),
+            retry=False,
+            patience_s=self.offset / _HASHING_BYTES_PER_S,
+        )
+        codes, detail = error_detail(answer.body)
+        if answer.status in {200, 201, 204}:
+            check_announced(self._remote.name, answer, digest)
+            return
+        if "DIGEST_INVALID" in codes:
+            self._session = None
+            raise IntegrityError(f"{self._remote.name} holds other bytes than blob {digest}{detail}; send it again")
+        if answer.status in {404, 416}:
+            raise UnavailableError(
+                f"{self._remote.name}: the registry answered {answer.status} to the end of an upload"
+            )
+        raise refusal(self._remote.name, f"upload of blob {digest}", answer)
+
+    async def _ask_state(self) -> None:
+        """Learn how far the registry got; start anew if it does not know and everything is still here."""
+        session = self._current()
+        found = await ask_session(self._remote, session.location, known=self._held)
+        if found is None and self._held == 0:
+            found, self._part = await open_session(self._remote)
+        if found is None or not self._held <= found.held <= self.offset:
+            self._session = None
+            raise UploadLostError(
+                f"{self._remote.name} no longer has an upload of which it had taken {self._held} bytes; send the blob again"
+            )
+        self._acknowledge(found)
+
+    def _acknowledge(self, session: Session) -> None:
+        del self._waiting[: session.held - self._held]
+        self._held = session.held
+        self._session = session
+        self._is_sure = True
+
+    def _current(self) -> Session:
+        if self._session is None:
+            raise UploadLostError(f"{self._remote.name}: the upload is finished or lost; begin another")
+        return self._session
+
+    def _follow(self, answer: Answer, last: Target) -> Target:
+        return last if answer.location is None else self._remote.redirected(answer.target, answer.location, _STARTED)
+
+    async def _is_there(self, digest: Digest) -> bool:
+        return await has_blob(self._remote, digest)
 
 
-async def ask_status(remote: Remote, location: str) -> tuple[int, str] | None:
-    """Return (bytes held, Location to continue at) of an upload session, None if the registry does not know it."""
-    response = await remote.request("GET", location, actions="pull,push")
-    if response.status_code not in {200, 202, 204}:
-        return None
-    match = _RANGE.match(response.headers.get("range", ""))
-    if not match:
-        return None
-    # docker-registry says 0-0 both for nothing and for one byte; nothing is the only one we ever leave behind
-    offset = int(match[1]) + 1 if match[1] != "0" else 0
-    return offset, urljoin(location, response.headers.get("location") or location)
+async def begin_upload(remote: Remote, token: str | None) -> RegistryUpload:
+    """Start an upload, or continue the one of `token` if the registry still knows it."""
+    known = decode_token(remote, token) if token is not None else None
+    if known is not None:
+        found = await ask_session(remote, known.location, known=known.held)
+        if found is not None:
+            return RegistryUpload(remote, found, PART)
+    session, part = await open_session(remote)
+    return RegistryUpload(remote, session, part)
 
 
-async def begin(remote: Remote, resume_token: str | None) -> RegistryUpload:
-    """Start an upload, or continue the one that `resume_token` names if the registry still knows it."""
-    location = _location_of(resume_token, remote)
-    if location:
-        status = await ask_status(remote, location)
-        if status:
-            return RegistryUpload(remote, status[1], status[0])
-    response = await remote.request("POST", remote.url("blobs/uploads/"), actions="pull,push", content=b"")
-    if response.status_code != 202 or "location" not in response.headers:
-        raise refusal(remote, "an upload", response.status_code, response.text)
-    return RegistryUpload(remote, urljoin(remote.base, response.headers["location"]), 0)
+async def open_session(remote: Remote) -> tuple[Session, int]:
+    """Open an upload session; return it and the bytes per part."""
+    answer = await remote.call(
+        "POST", remote.target("blobs/uploads/"), what=_STARTED, scope=remote.scope(_ACTIONS), body=b""
+    )
+    if answer.status != 202 or answer.location is None:
+        raise refusal(remote.name, "repository to upload to" if answer.status == 404 else _STARTED, answer)
+    least = answer.headers.get("oci-chunk-min-length") or ""
+    part = max(PART, int(least)) if re.fullmatch(r"[0-9]{1,15}", least) else PART
+    if part > MAX_PART:
+        raise RemoteError(f"{remote.name} wants upload parts of {part} bytes, more than {MAX_PART}")
+    return Session(remote.redirected(answer.target, answer.location, _STARTED), 0), part
 
 
-def _location_of(token: str | None, remote: Remote) -> str | None:
-    """Return the Location in a token, if it belongs to this registry: a token never sends credentials elsewhere."""
+async def ask_session(remote: Remote, location: Target, *, known: int) -> Session | None:
+    """Return where a session stands, None if the registry does not know it. `known` are the bytes we know it had."""
     try:
-        data = json.loads(token) if token else {}
-        location = data.get("location") if data.get("version") == 1 else None
-    except (ValueError, AttributeError):
+        answer = await remote.call("GET", location, what=_STARTED, scope=remote.scope(_ACTIONS), follow=False)
+    except NotFoundError:
         return None
-    if not isinstance(location, str):
+    held = held_bytes(answer, known)
+    if answer.status not in {200, 202, 204} or held is None:
         return None
-    ours, theirs = urlsplit(remote.base), urlsplit(location)
-    return location if (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc) else None
+    if answer.location is None:
+        return Session(location, held)
+    return Session(remote.redirected(answer.target, answer.location, _STARTED), held)
 
 
-def refusal(remote: Remote, what: str, status: int, text: str) -> RemoteError:
-    """Return the error for an answer that is neither success nor worth another try."""
-    detail = ""
+async def has_blob(remote: Remote, digest: Digest) -> bool:
+    """Tell whether the repository has a blob. A redirect to its storage says yes: signed for GET, HEAD would fail there."""
+    answer = await remote.call(
+        "HEAD", remote.target(f"blobs/{digest}"), what=f"blob {digest}", scope=remote.scope("pull"), follow=False
+    )
+    if answer.status == 200 or 300 <= answer.status < 400:
+        return True
+    if answer.status == 404:
+        return False
+    raise refusal(remote.name, f"blob {digest}", answer)
+
+
+def check_announced(store: str, answer: Answer, digest: Digest) -> None:
+    """Raise IntegrityError if the registry says that it stored something else."""
+    announced = answer.headers.get("docker-content-digest")
+    if announced is not None and announced.startswith("sha256:") and announced != digest.text:
+        raise IntegrityError(f"{store}: sent {digest}, the registry says it has {announced[:80]!r}")
+
+
+def held_bytes(answer: Answer, known: int) -> int | None:
+    """Return the bytes that a session holds by its Range header, None without one.
+
+    docker-registry says `0-0` for no byte as well as for one: then what is known decides.
+    """
+    match = _RANGE.match((answer.headers.get("range") or "").strip())
+    if match is None:
+        return None
+    last = int(match[1])
+    return min(known, 1) if last == 0 else last + 1
+
+
+def encode_token(remote: Remote, session: Session) -> str | None:
+    """Return a session as opaque text. None for a Location elsewhere: its signature is a credential."""
+    if session.location.origin != remote.origin:
+        return None
+    fields = {"at": str(remote.origin), "in": remote.repository, "path": session.location.path, "held": session.held}
+    return _VERSION + base64.urlsafe_b64encode(json.dumps(fields).encode()).decode("ascii")
+
+
+def decode_token(remote: Remote, token: str) -> Session | None:
+    """Return the session in a token; None for any text that is no token of this repository."""
+    if not token.startswith(_VERSION) or len(token) > 4 * MAX_URL:
+        return None
     try:
-        errors = json.loads(text)["errors"]
-        detail = ", ".join(f"{error.get('code', '')}: {error.get('message', '')}" for error in errors)[:300]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return RemoteError(f"{remote.name}: the registry refused {what} ({status}{', ' + detail if detail else ''})")
+        fields = json.loads(base64.urlsafe_b64decode(token[len(_VERSION) :]))
+        origin, repository, path, held = fields["at"], fields["in"], fields["path"], fields["held"]
+    except (binascii.Error, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    if (origin, repository) != (str(remote.origin), remote.repository):
+        return None
+    if not isinstance(path, str) or not re.fullmatch(r"/[\x21-\x7e]*", path) or not isinstance(held, int) or held < 0:
+        return None
+    return Session(Target(remote.origin, path), held)

@@ -1,0 +1,140 @@
+"""One TCP or TLS connection, read into the caller's buffer.
+
+Decided here: how bytes leave the socket. Plain TCP: recv_into with SO_RCVLOWAT of 256 KiB while a body is read (fewer
+wake-ups: 2.3 to 3.2 GB/s on loopback) and 1 before heads, where a higher mark would hang the tail. TLS: through
+trio.SSLStream. Every wait is bounded by `timeout_s` without progress. Rule: after an error or a cancellation the
+connection is of no more use; `close` never waits.
+"""
+
+from __future__ import annotations
+
+import socket as stdlib_socket
+import ssl
+from typing import Final
+
+import trio
+
+from ..errors import UnavailableError
+from .origin import Origin
+from .proxy import Proxy
+from .tls import explain_tls_failure
+
+LOW_WATER: Final = 256 << 10
+_TLS_PIECE: Final = 256 << 10
+_DRIP_S: Final = 0.05
+
+
+class Wire:
+    """A connected socket, with TLS or without."""
+
+    def __init__(self, stream: trio.SocketStream, server: str, timeout_s: float) -> None:
+        self._stream = stream
+        self._tls: trio.SSLStream[trio.SocketStream] | None = None
+        self._server = server
+        self._timeout_s = timeout_s
+        self._low_water = 1
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Do the TLS handshake. Raises RemoteError in words for what is wrong with certificates or protocol."""
+        self._tls = trio.SSLStream(self._stream, context, server_hostname=host, https_compatible=True)
+        try:
+            with trio.fail_after(self._timeout_s):
+                await self._tls.do_handshake()
+        except trio.TooSlowError:
+            raise UnavailableError(f"the TLS handshake with {self._server} took over {self._timeout_s:g} s") from None
+        except (trio.BrokenResourceError, ssl.SSLError) as error:
+            raise self._broken(error) from error
+
+    async def send(self, data: bytes) -> None:
+        """Send all of `data`. Raises UnavailableError."""
+        try:
+            with trio.fail_after(self._timeout_s):
+                await (self._tls or self._stream).send_all(data)
+        except trio.TooSlowError:
+            raise UnavailableError(f"{self._server} took no request for {self._timeout_s:g} s") from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError) as error:
+            raise self._broken(error) from error
+
+    async def receive(self, limit: int) -> bytes:
+        """Return some bytes, at most `limit`, as soon as there are any; b"" at the end. Raises UnavailableError."""
+        scratch = bytearray(limit)
+        got = await self._receive_into(memoryview(scratch), 1)
+        return bytes(scratch[:got])
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        """Read into `buffer`, whose every byte is sure to come; returns how many, 0 at the end. Raises UnavailableError."""
+        return await self._receive_into(buffer, min(LOW_WATER, len(buffer)))
+
+    async def _receive_into(self, buffer: memoryview, low_water: int) -> int:
+        try:
+            with trio.move_on_after(self._timeout_s):
+                if self._tls is not None:
+                    data = await self._tls.receive_some(min(len(buffer), _TLS_PIECE))
+                    buffer[: len(data)] = data
+                    return len(data)
+                self._set_low_water(low_water)
+                return await self._stream.socket.recv_into(buffer)
+            if low_water > 1:
+                # A slow line may have brought less than the mark, yet something: that is not silence.
+                self._set_low_water(1)
+                with trio.move_on_after(_DRIP_S):
+                    return await self._stream.socket.recv_into(buffer)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._broken(error) from error
+        raise UnavailableError(f"{self._server} sent nothing for {self._timeout_s:g} s")
+
+    def _set_low_water(self, mark: int) -> None:
+        if mark != self._low_water:
+            self._stream.socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_RCVLOWAT, mark)
+            self._low_water = mark
+
+    def _broken(self, error: BaseException) -> Exception:
+        told = explain_tls_failure(error, self._server) if self._tls is not None else None
+        if told is not None:
+            return told
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or "the connection broke"
+        return UnavailableError(f"{self._server}: {str(reason)[:100].lower()}")
+
+    def is_quiet(self) -> bool:
+        """Tell whether an idle connection is still good: open, and with nothing to read. Does not wait."""
+        descriptor = self._stream.socket.fileno()
+        if descriptor < 0:
+            return False
+        # A duplicate, because trio's socket has no call that never waits. Family and type do not matter to recv.
+        with stdlib_socket.fromfd(descriptor, stdlib_socket.AF_INET, stdlib_socket.SOCK_STREAM) as probe:
+            try:
+                probe.recv(1, stdlib_socket.MSG_PEEK | stdlib_socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+        return False
+
+    def close(self) -> None:
+        """Close at once, without a TLS farewell."""
+        self._stream.socket.close()
+
+
+async def connect(origin: Origin, proxy: Proxy | None, timeout_s: float) -> Wire:
+    """Open a TCP connection to an origin, or to the proxy before it. Raises UnavailableError."""
+    host, port = (proxy.host, proxy.port) if proxy is not None else (origin.host, origin.port)
+    server = origin.netloc if proxy is None else f"{origin.netloc} by proxy {proxy}"
+    try:
+        with trio.fail_after(timeout_s):
+            stream = await trio.open_tcp_stream(host, port)
+    except trio.TooSlowError:
+        raise UnavailableError(f"connecting to {server} took over {timeout_s:g} s") from None
+    except OSError as error:
+        raise UnavailableError(f"cannot connect to {server}: {_reason(error)}") from error
+    return Wire(stream, server, timeout_s)
+
+
+def _reason(error: OSError) -> str:
+    """Return why: trio gathers the failures of all addresses in a group below the error it raises."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return str(getattr(cause, "strerror", None) or cause)[:100].lower()
