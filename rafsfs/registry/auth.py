@@ -127,7 +127,8 @@ class Authorizer:
             if not self._looked:
                 # Abandoned on cancellation: the helper ends by its own time limit and nobody waits for it.
                 self._credential = await trio.to_thread.run_sync(
-                    find_credential, self._registry, self._repository, self._docker_config, abandon_on_cancel=True
+                    lambda: find_credential(self._registry, self._docker_config, repository=self._repository),
+                    abandon_on_cancel=True,
                 )
                 self._looked = True
         return self._credential

@@ -46,19 +46,22 @@ class Credential:
         return "Basic " + base64.b64encode(pair).decode("ascii")
 
 
-def config_path(directory: str | None) -> str:
-    """Return the path of config.json in `directory`, by default that of docker: $DOCKER_CONFIG, else ~/.docker."""
-    if directory is None:
-        directory = os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker")
-    return os.path.join(directory, "config.json")
+def docker_config_dir(configured: str | None) -> str:
+    """Return the directory of docker's config.json: as configured, else $DOCKER_CONFIG, else ~/.docker."""
+    return configured or os.environ.get("DOCKER_CONFIG") or os.path.join(os.path.expanduser("~"), ".docker")
 
 
-def find_credential(registry: str, repository: str, directory: str | None = None) -> Credential | None:
-    """Return the credential for a repository, or None if none is configured. Blocking, up to 20 s per helper.
+def config_path(configured: str | None) -> str:
+    """Return the path of config.json in that directory."""
+    return os.path.join(docker_config_dir(configured), "config.json")
+
+
+def find_credential(registry: str, configured: str | None = None, *, repository: str = "") -> Credential | None:
+    """Return the credential for a repository, or None if there is none. Blocking, up to 20 s for a helper.
 
     Raises UsageError for a config that cannot be used, AccessDeniedError when a helper fails.
     """
-    path = config_path(directory)
+    path = config_path(configured)
     config = _read(path)
     helper = _helper_of(config, registry, path)
     if helper is not None:
@@ -167,7 +170,7 @@ def _from_auths(config: Mapping[str, Any], registry: str, repository: str, path:
 
 
 def _names(registry: str, repository: str) -> list[str]:
-    parts = repository.split("/")
+    parts = repository.split("/") if repository else []
     scoped = [f"{registry}/{'/'.join(parts[:n])}" for n in range(len(parts), 0, -1)]
     return scoped + [_bare(key) if key != _DOCKER_HUB_KEY else key for key in _keys(registry)]
 
