@@ -240,9 +240,9 @@ class Fetcher:
             ahead = self._readahead[space.space_id] = Readahead(space.table.count, limit)
         for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1)):
             if (space.space_id, index) not in self._flights and not self._closed:
-                flight = _Flight(
-                    space, index, Priority.PREFETCH, trio.Event(), waiters=1
-                )  # wanted by the window itself
+                flight = _Flight(space, index, Priority.PREFETCH, trio.Event())
+                flight.waiters = 1  # wanted by the window itself, whoever reads there
+                flight.sponsors += [on_behalf] if on_behalf is not None else []
                 self._flights[flight.key] = flight
                 self._enqueue(flight)
 

@@ -1,0 +1,30 @@
+# make demo and make test work on a fresh Debian machine; both begin with setup.
+.PHONY: setup demo test check bench format clean
+PYTHON := .venv/bin/python
+REGISTRY ?= docker
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(PYTHON) scripts/demo.py --registry $(REGISTRY)
+
+test: setup
+	@$(PYTHON) -m pytest
+
+# Format, lint, types, architecture and the fast tests: under a minute.
+check: setup
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -m pytest -q -m "not io and not mount and not e2e"
+
+bench: setup
+	@$(PYTHON) -m benchmarks
+
+format: setup
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+clean:
+	@rm -rf .venv .demo build *.egg-info .mypy_cache .ruff_cache .hypothesis
