@@ -26,12 +26,12 @@ tools = pytest.mark.skipif(_NO_TOOLS is not None, reason=str(_NO_TOOLS))
 
 
 def diff(left: Path, right: Path) -> list[str]:
-    """Return what diff says, but for fifos and sockets, of which it compares nothing and always says so."""
+    """Return what diff says, but for special files: of one kind on both sides, it says so and compares nothing."""
     result = subprocess.run(
         ["diff", "-r", "--no-dereference", left, right], check=False, capture_output=True, timeout=120
     )
     assert not result.stderr, result.stderr
-    same_kind = re.compile(rb"File .* is a (fifo|socket) while file .* is a \1")
+    same_kind = re.compile(rb"File .* is a (fifo|socket|(?:block|character) special file) while file .* is a \1")
     return [line.decode(errors="replace") for line in result.stdout.splitlines() if not same_kind.fullmatch(line)]
 
 

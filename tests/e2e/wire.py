@@ -26,7 +26,7 @@ class Wire:
         self._lock = threading.Lock()
         self._due = time.monotonic()
         self._closing = False
-        self._sockets: set[socket.socket] = set()
+        self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -49,7 +49,7 @@ class Wire:
                 client.close()
                 continue
             with self._lock:
-                self._sockets |= {client, server}
+                self._sockets += [client, server]
             for one in (client, server):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._start(self._pass, client, server, True)
@@ -86,7 +86,7 @@ class Wire:
     def cut(self) -> None:
         """Break every connection; new ones are taken."""
         with self._lock:
-            broken, self._sockets = self._sockets, set()
+            broken = list(self._sockets)
         for one in broken:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -96,15 +96,12 @@ class Wire:
         self._closing = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join(5)
         self._listener.close()
-        with self._lock:
-            everything = set(self._sockets)
-        for one in everything:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        self.cut()
         for thread in self._threads:
             thread.join(5)
-        for one in everything:
+        for one in self._sockets:
             one.close()
 
 

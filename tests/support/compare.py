@@ -82,10 +82,10 @@ def _stat(one: os.stat_result, other: os.stat_result) -> Iterator[str]:
         dense = (other.st_size + 4095) // 4096 * 8
         if other.st_blocks > max(dense, one.st_blocks):
             yield f"{other.st_blocks} blocks of 512 bytes for {other.st_size} bytes"
-        # Holes may be rounded up to the unit in which an image stores them, but not lost.
-        if one.st_blocks == 0 and other.st_blocks:
+        # Holes may be rounded up to the unit in which an image stores them (a small file is a block), but not lost.
+        if one.st_blocks == 0 and other.st_blocks > 8:
             yield f"a hole in whole, but the other has {other.st_blocks} blocks"
-        if one.st_blocks * 4 < dense and other.st_blocks * 2 > dense:
+        if one.st_blocks * 4 < dense and other.st_blocks * 2 > dense > 8:
             yield f"mostly hole ({one.st_blocks} of {dense} blocks), but the other has {other.st_blocks}"
         if other.st_size and other.st_blocks == 0 and one.st_blocks > 8:
             yield f"{one.st_blocks} blocks, but the other has none"
