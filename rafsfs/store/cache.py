@@ -7,6 +7,7 @@ removed (what no mount uses). Blocking calls, thread-safe; the daemon runs the l
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -114,9 +115,10 @@ class Cache:
         try:
             os.ftruncate(lock_fd, 0)
             os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
-            for name in os.listdir(os.path.join(path, "spaces")):
-                if ".new-" in name:
-                    shutil.rmtree(os.path.join(path, "spaces", name), ignore_errors=True)
+            for part in ("spaces", "images"):
+                for name in os.listdir(os.path.join(path, part)):
+                    if ".new-" in name:
+                        shutil.rmtree(os.path.join(path, part, name), ignore_errors=True)
             return cls(path, lock_fd, ChunkIndex(os.path.join(path, "index")))
         except OSError as error:
             os.close(lock_fd)
@@ -139,7 +141,8 @@ class Cache:
         digest = Digest.of(manifest_bytes)
         directory = self._image_directory(digest)
         if not os.path.isdir(directory):
-            temporary = f"{directory}.new-{os.getpid()}"
+            # Of its own thread: several mounts of a new image may arrive here at once.
+            temporary = f"{directory}.new-{os.getpid()}-{threading.get_ident()}"
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 os.makedirs(temporary, mode=0o700)
@@ -148,7 +151,8 @@ class Cache:
                 os.rename(temporary, directory)
             except OSError as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise write_error(error, directory) from error
+                if error.errno not in {errno.EEXIST, errno.ENOTEMPTY} or not os.path.isdir(directory):
+                    raise write_error(error, directory) from error
         image = CachedImage(digest, directory)
         if reference:
             self.note_reference(image, reference)
