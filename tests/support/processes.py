@@ -145,6 +145,7 @@ class Node:
         self.home = home
         self.cache = cache if cache is not None else home / "cache"
         self.mark = uuid.uuid4().hex
+        self._started: list[subprocess.Popen[bytes]] = []
         home.mkdir(parents=True, exist_ok=True)
         inherited = {
             name: value
@@ -211,7 +212,7 @@ class Node:
 
     def start(self, *arguments: Arg, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start `rafs ARGUMENTS` and leave it running; `close` ends it."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(*arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -219,6 +220,8 @@ class Node:
             env={**self.env, **(env or {})},
             cwd=self.home,
         )
+        self._started.append(process)
+        return process
 
     def build(self, source: Arg, reference: str, *options: Arg, timeout_s: float = 120.0) -> dict[str, Any]:
         """Run `rafs build` and return its JSON."""
@@ -290,6 +293,11 @@ class Node:
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            process.kill()
+            process.wait(10)
+            if process.stdout is not None:
+                process.stdout.close()
         for place in mountpoints_below(self.home):
             subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
         # A daemon that was being started may have come meanwhile.
