@@ -12,7 +12,7 @@ from builder.journal import Journal
 from rafsfs.config import state_dir
 from rafsfs.registry.store import RegistryOptions
 
-from .options import SizeType, json_option, registry_options, take_registry_options
+from .options import SizeType, json_option, option, registry_options, take_registry_options
 from .output import print_json, progress_bar, ratio, size
 from .run import run_async
 from .wiring import opened
@@ -20,8 +20,8 @@ from .wiring import opened
 
 @click.command("build")
 @click.argument("source", type=click.Path(exists=True))
-@click.option("-t", "--tag", "ref", required=True, envvar="RAFS_TAG", metavar="REF", help="Where the image goes.")
-@click.option(
+@option("-t", "--tag", "ref", required=True, envvar="RAFS_TAG", metavar="REF", help="Where the image goes.")
+@option(
     "--chunking",
     envvar="RAFS_CHUNKING",
     type=click.Choice(["fixed"]),
@@ -29,7 +29,7 @@ from .wiring import opened
     show_default=True,
     help="How files are cut.",
 )
-@click.option(
+@option(
     "--chunk-size",
     envvar="RAFS_CHUNK_SIZE",
     type=SizeType(),
@@ -37,7 +37,7 @@ from .wiring import opened
     show_default=True,
     help="Largest chunk, a power of two from 64KiB to 16MiB.",
 )
-@click.option(
+@option(
     "--codec",
     envvar="RAFS_CODEC",
     type=click.Choice(["auto", "raw", "zstd"]),
@@ -45,7 +45,7 @@ from .wiring import opened
     show_default=True,
     help="How chunks are stored; auto picks per chunk.",
 )
-@click.option(
+@option(
     "--space-size",
     envvar="RAFS_SPACE_SIZE",
     type=SizeType(),
@@ -53,14 +53,14 @@ from .wiring import opened
     show_default=True,
     help="Bound of a data space, and so of a layer, a power of two.",
 )
-@click.option(
+@option(
     "--exclude",
     envvar="RAFS_EXCLUDE",
     multiple=True,
     metavar="GLOB",
     help="Leave out what matches: a name, or a path if it holds a slash; ** crosses directories. Repeatable.",
 )
-@click.option(
+@option(
     "--threads", envvar="RAFS_THREADS", type=click.IntRange(1, 256), help="Worker threads.  [default: one per core]"
 )
 @json_option

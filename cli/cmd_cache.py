@@ -11,7 +11,7 @@ import click
 from rafsfs.daemon.launch import connect
 from rafsfs.errors import IntegrityError, UsageError
 
-from .options import cache_dir_option, json_option
+from .options import cache_dir_option, json_option, option
 from .output import print_json, print_table, size
 from .run import run_async
 
@@ -123,7 +123,7 @@ def verify_command(cache_dir: str, as_json: bool) -> int:
 
 @command.command("rm")
 @click.argument("image", required=False)
-@click.option("--unused", is_flag=True, envvar="RAFS_UNUSED", help="Remove everything that is not mounted.")
+@option("--unused", is_flag=True, envvar="RAFS_UNUSED", help="Remove everything that is not mounted.")
 @cache_dir_option
 @json_option
 def remove_command(image: str | None, unused: bool, cache_dir: str, as_json: bool) -> None:

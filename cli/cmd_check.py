@@ -16,7 +16,7 @@ from rafsfs.image import Image, ImageReader
 from rafsfs.interfaces import ImageStore
 from rafsfs.registry.store import RegistryOptions
 
-from .options import json_option, registry_options, take_registry_options
+from .options import json_option, option, registry_options, take_registry_options
 from .output import print_json, progress_bar, show_path
 from .run import run_async
 from .wiring import opened_image
@@ -27,7 +27,7 @@ _READERS = 4
 
 @click.command("check")
 @click.argument("ref")
-@click.option("--data", "with_data", is_flag=True, envvar="RAFS_CHECK_DATA", help="Read and verify every chunk.")
+@option("--data", "with_data", is_flag=True, envvar="RAFS_CHECK_DATA", help="Read and verify every chunk.")
 @json_option
 @registry_options
 def command(ref: str, with_data: bool, as_json: bool, **options: Any) -> int:

@@ -10,13 +10,13 @@ from rafsfs.daemon.server import DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError
 from rafsfs.fetch.fetcher import FetchSettings
 
-from .options import SizeType, cache_dir_option
+from .options import SizeType, cache_dir_option, option
 from .run import run_async
 
 
 @click.command("daemon")
 @cache_dir_option
-@click.option(
+@option(
     "--connections",
     envvar="RAFS_CONNECTIONS",
     type=click.IntRange(3, 256),
@@ -24,7 +24,7 @@ from .run import run_async
     show_default=True,
     help="Ranged reads of the registry at once.",
 )
-@click.option(
+@option(
     "--buffer-size",
     envvar="RAFS_BUFFER_SIZE",
     type=SizeType(),
@@ -32,7 +32,7 @@ from .run import run_async
     show_default=True,
     help="Bytes of fetched data in memory at most.",
 )
-@click.option(
+@option(
     "--readahead",
     envvar="RAFS_READAHEAD",
     type=SizeType(),
@@ -40,7 +40,7 @@ from .run import run_async
     show_default=True,
     help="Largest window fetched ahead of a sequential reader.",
 )
-@click.option(
+@option(
     "--log-level",
     envvar="RAFS_LOG",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -48,8 +48,8 @@ from .run import run_async
     show_default=True,
     help="How much is logged, on standard error.",
 )
-@click.option("--stop", is_flag=True, help="Stop the daemon that runs; mounts stay up and serve what is present.")
-@click.option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
+@option("--stop", is_flag=True, help="Stop the daemon that runs; mounts stay up and serve what is present.")
+@option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
 def command(
     cache_dir: str, connections: int, buffer_size: int, readahead: int, log_level: str, stop: bool, unmount: bool
 ) -> None:

@@ -14,7 +14,7 @@ from rafsfs.format.bootstrap import Bootstrap
 from rafsfs.format.inode import Inode
 from rafsfs.registry.store import RegistryOptions
 
-from .options import json_option, registry_options, take_registry_options
+from .options import json_option, option, registry_options, take_registry_options
 from .output import print_json, print_table, show_path
 from .run import run_async
 from .wiring import opened_image
@@ -23,8 +23,8 @@ from .wiring import opened_image
 @click.command("ls")
 @click.argument("ref")
 @click.argument("path", default="")
-@click.option("-l", "--long", "long_format", is_flag=True, envvar="RAFS_LONG", help="Modes, owners, sizes, times.")
-@click.option("-R", "--recursive", is_flag=True, envvar="RAFS_RECURSIVE", help="All that is below PATH.")
+@option("-l", "--long", "long_format", is_flag=True, envvar="RAFS_LONG", help="Modes, owners, sizes, times.")
+@option("-R", "--recursive", is_flag=True, envvar="RAFS_RECURSIVE", help="All that is below PATH.")
 @json_option
 @registry_options
 def command(ref: str, path: str, long_format: bool, recursive: bool, as_json: bool, **options: Any) -> None:

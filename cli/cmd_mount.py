@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -16,17 +14,25 @@ from rafsfs.daemon.launch import connect
 from rafsfs.daemon.server import Daemon, DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError, RafsError
 from rafsfs.fetch.fetcher import FetchSettings
-from rafsfs.registry.reference import parse_reference
 
-from .options import cache_dir_option, json_option, registry_options, take_registry_options
+from .options import (
+    DurationType,
+    cache_dir_option,
+    for_daemon,
+    json_option,
+    mountpoint_of,
+    option,
+    registry_options,
+    take_registry_options,
+)
 from .output import print_json
 from .run import run_async
 
 
 @click.command("mount")
 @click.argument("ref")
-@click.argument("directory", type=click.Path(file_okay=False))
-@click.option(
+@click.argument("directory", type=click.Path())
+@option(
     "--mode",
     envvar="RAFS_MODE",
     type=click.Choice(["auto", "fuse"]),
@@ -34,7 +40,7 @@ from .run import run_async
     show_default=True,
     help="How the kernel gets at the image; this version has FUSE.",
 )
-@click.option(
+@option(
     "--prefetch",
     envvar="RAFS_PREFETCH",
     type=click.Choice(["none", "all"]),
@@ -42,15 +48,15 @@ from .run import run_async
     show_default=True,
     help="What to fetch before it is asked for, behind what is.",
 )
-@click.option(
+@option(
     "--deadline",
     envvar="RAFS_DEADLINE",
-    type=click.FloatRange(0.1, 86400),
-    default=60.0,
+    type=DurationType(0.1, 3600),
+    default="60s",
     show_default=True,
-    help="A read that cannot be served fails with EIO after this long, seconds.",
+    help="A read that cannot be served fails with EIO after this long.",
 )
-@click.option("--foreground", is_flag=True, envvar="RAFS_FOREGROUND", help="Stay until Ctrl-C, then unmount.")
+@option("--foreground", is_flag=True, envvar="RAFS_FOREGROUND", help="Stay until Ctrl-C, then unmount.")
 @cache_dir_option
 @json_option
 @registry_options
@@ -61,18 +67,11 @@ def command(ref: str, directory: str, cache_dir: str, foreground: bool, as_json:
 
     Example: rafs mount registry.example/models/llama:v1 /models
     """
-    registry = take_registry_options(options)
-    reference = parse_reference(ref)
-    if reference.kind == "oci":  # the daemon has another working directory
-        tag = (f":{reference.tag}" if reference.tag else "") + (f"@{reference.digest}" if reference.digest else "")
-        ref = f"oci:{os.path.abspath(reference.path)}{tag}"
-    params = {
-        "ref": ref,
-        "mountpoint": os.path.abspath(directory),
+    params = for_daemon(ref, take_registry_options(options)) | {
+        "mountpoint": mountpoint_of(directory),
         "mode": options["mode"],
         "prefetch": options["prefetch"],
         "deadline_s": options["deadline"],
-        "registry": asdict(registry),
     }
     if foreground:
         run_async(_foreground, cache_dir, params)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
 from typing import Any
 
 import click
 
 from rafsfs.daemon.launch import connect
-from rafsfs.registry.reference import parse_reference
 
-from .options import cache_dir_option, json_option, registry_options, take_registry_options
+from .options import cache_dir_option, for_daemon, json_option, registry_options, take_registry_options
 from .output import print_json, progress_bar, size
 from .run import run_async
 
@@ -26,12 +23,7 @@ def command(ref: str, cache_dir: str, as_json: bool, **options: Any) -> None:
 
     Example: rafs pull registry.example/models/llama:v1
     """
-    registry = take_registry_options(options)
-    reference = parse_reference(ref)
-    if reference.kind == "oci":
-        tag = (f":{reference.tag}" if reference.tag else "") + (f"@{reference.digest}" if reference.digest else "")
-        ref = f"oci:{os.path.abspath(reference.path)}{tag}"
-    result = run_async(_pull, cache_dir, {"ref": ref, "registry": asdict(registry)}, not as_json)
+    result = run_async(_pull, cache_dir, for_daemon(ref, take_registry_options(options)), not as_json)
     if as_json:
         print_json(result)
     else:

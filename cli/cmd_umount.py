@@ -12,20 +12,20 @@ from rafsfs.errors import DaemonError, MountError
 from rafsfs.fuse.mountpoint import mount_source, unmount
 from rafsfs.fuse.spec import load_specs
 
-from .options import cache_dir_option
+from .options import cache_dir_option, mountpoint_of, option
 from .run import run_async
 
 
 @click.command("umount")
 @click.argument("directory", type=click.Path())
-@click.option("--lazy", is_flag=True, envvar="RAFS_LAZY", help="Detach it now, also while files are open.")
+@option("--lazy", is_flag=True, envvar="RAFS_LAZY", help="Detach it now, also while files are open.")
 @cache_dir_option
 def command(directory: str, lazy: bool, cache_dir: str) -> None:
     """Take the mount on DIRECTORY away and end its worker.
 
     Example: rafs umount /models
     """
-    run_async(_umount, os.path.abspath(directory), lazy, cache_dir)
+    run_async(_umount, mountpoint_of(directory), lazy, cache_dir)
 
 
 async def _umount(mountpoint: str, lazy: bool, cache_dir: str) -> None:

@@ -1,19 +1,30 @@
-"""Options that several commands share. Each has an environment twin and names its unit and default."""
+"""Options that several commands share, and how options are declared: each has an environment twin, a unit and a default."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from rafsfs.config import default_cache_dir
 from rafsfs.errors import UsageError
-from rafsfs.registry.store import RegistryOptions
-from rafsfs.units import parse_size
+from rafsfs.units import parse_duration, parse_size
 
-_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from rafsfs.registry.options import RegistryOptions
+
+SHARED: Final = frozenset({"cache_dir", "plain_http", "ca_file", "client_cert", "client_key", "registry_timeout"})
+"""What can stand outside the tables of rafs.toml: options that mean the same for every command."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def option(*names: str, **attributes: Any) -> Callable[[_F], _F]:
+    """Declare an option; its help shows the environment twin."""
+    return click.option(*names, **{"show_envvar": "envvar" in attributes, **attributes})
 
 
 class SizeType(click.ParamType[int]):
@@ -31,9 +42,29 @@ class SizeType(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def cache_dir_option(function: Callable[..., Any]) -> Callable[..., Any]:
+class DurationType(click.ParamType[float]):
+    """A time such as 30 (seconds), 250ms or 5m, within bounds."""
+
+    name = "seconds"
+
+    def __init__(self, low: float, high: float) -> None:
+        self._low = low
+        self._high = high
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return seconds."""
+        try:
+            seconds = parse_duration(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+        if not self._low <= seconds <= self._high:
+            self.fail(f"{value} is not between {self._low:g} and {self._high:g} seconds", param, ctx)
+        return seconds
+
+
+def cache_dir_option(function: _F) -> _F:
     """Add --cache-dir."""
-    return click.option(
+    return option(
         "--cache-dir",
         envvar="RAFS_CACHE_DIR",
         type=click.Path(file_okay=False),
@@ -42,54 +73,81 @@ def cache_dir_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+def json_option(function: _F) -> _F:
     """Add --json."""
-    return click.option("--json", "as_json", is_flag=True, envvar="RAFS_JSON", help="Print JSON for programs.")(
-        function
-    )
+    return option("--json", "as_json", is_flag=True, envvar="RAFS_JSON", help="Print JSON for programs.")(function)
 
 
-def registry_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def registry_options(function: _F) -> _F:
     """Add the options that say how to reach a registry."""
-    decorators: list[_Decorator] = [
-        click.option(
-            "--plain-http", is_flag=True, envvar="RAFS_PLAIN_HTTP", help="Speak plain HTTP, also to other machines."
-        ),
-        click.option(
-            "--ca-file",
-            envvar="RAFS_CA_FILE",
-            type=click.Path(dir_okay=False),
-            help="Authority's certificate, PEM, instead of the system's.",
-        ),
-        click.option(
-            "--client-cert",
-            envvar="RAFS_CLIENT_CERT",
-            type=click.Path(dir_okay=False),
-            help="Client certificate, PEM.",
-        ),
-        click.option("--client-key", envvar="RAFS_CLIENT_KEY", type=click.Path(dir_okay=False), help="Its key, PEM."),
-        click.option(
-            "--registry-timeout",
-            envvar="RAFS_REGISTRY_TIMEOUT",
-            type=click.FloatRange(0.1, 3600),
-            default=30.0,
-            show_default=True,
-            help="Longest silence of the registry, seconds.",
-        ),
-    ]
-    for decorator in reversed(decorators):
+    for decorator in reversed(
+        (
+            option(
+                "--plain-http", is_flag=True, envvar="RAFS_PLAIN_HTTP", help="Speak plain HTTP, also to other machines."
+            ),
+            option(
+                "--ca-file",
+                envvar="RAFS_CA_FILE",
+                type=click.Path(dir_okay=False),
+                help="Authorities trusted besides the system's, PEM.",
+            ),
+            option(
+                "--client-cert",
+                envvar="RAFS_CLIENT_CERT",
+                type=click.Path(dir_okay=False),
+                help="Client certificate, PEM.",
+            ),
+            option(
+                "--client-key",
+                envvar="RAFS_CLIENT_KEY",
+                type=click.Path(dir_okay=False),
+                help="Its key, PEM.  [default: in the certificate's file]",
+            ),
+            option(
+                "--registry-timeout",
+                envvar="RAFS_REGISTRY_TIMEOUT",
+                type=DurationType(0.1, 3600),
+                default="30s",
+                show_default=True,
+                help="Longest silence of the registry.",
+            ),
+        )
+    ):
         function = decorator(function)
     return function
 
 
 def take_registry_options(options: dict[str, Any]) -> RegistryOptions:
-    """Take what `registry_options` added out of a command's keyword arguments."""
-    ca_file, client_cert, client_key = (options.pop(name) for name in ("ca_file", "client_cert", "client_key"))
+    """Take what `registry_options` added out of a command's keyword arguments. Paths come out absolute."""
+    from rafsfs.registry.options import RegistryOptions  # noqa: PLC0415 - `rafs --help` does without it
+
+    def path(name: str) -> str | None:
+        value = options.pop(name)
+        return os.path.abspath(value) if value else None
+
+    docker_config = os.environ.get("DOCKER_CONFIG")
     return RegistryOptions(
         plain_http=options.pop("plain_http"),
-        ca_file=os.path.abspath(ca_file) if ca_file else None,
-        client_cert=os.path.abspath(client_cert) if client_cert else None,
-        client_key=os.path.abspath(client_key) if client_key else None,
-        docker_config=os.environ.get("DOCKER_CONFIG"),
+        ca_file=path("ca_file"),
+        client_cert=path("client_cert"),
+        client_key=path("client_key"),
+        docker_config=os.path.abspath(docker_config) if docker_config else None,
         timeout_s=options.pop("registry_timeout"),
     )
+
+
+def for_daemon(ref: str, registry: RegistryOptions) -> dict[str, Any]:
+    """Return a reference and options as parameters of a call: what the daemon needs to find what the user means."""
+    from rafsfs.registry.reference import parse_reference  # noqa: PLC0415
+
+    return {"ref": str(parse_reference(ref).absolute()), "registry": asdict(registry)}
+
+
+def mountpoint_of(directory: str) -> str:
+    """Return a mountpoint's absolute path. Raises UsageError for a name that cannot be sent: it is no UTF-8."""
+    path = os.path.abspath(directory)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"mountpoint {path!r} has a name that is not UTF-8; choose another directory") from None
+    return path

@@ -1,16 +1,14 @@
-"""Running a command: one event loop, one place where an error becomes a line and an exit code."""
+"""Running a command: one event loop, one place where an error becomes a line and an exit code.
+
+The event loop and what is only needed when something goes wrong are loaded when they are used: `rafs --help` is quick.
+"""
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
-
-import trio
 
 from rafsfs.errors import RafsError
 
@@ -19,6 +17,8 @@ _T = TypeVar("_T")
 
 def run_async(function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
     """Run an async use case to its end and return its result; an error comes out of its groups."""
+    import trio  # noqa: PLC0415
+
     try:
         return trio.run(function, *arguments)
     except BaseExceptionGroup as group:
@@ -36,33 +36,49 @@ def single(group: BaseException) -> BaseException:
 
 def report(error: BaseException) -> int:
     """Say on stderr what went wrong, in one line; return the exit code."""
+    if os.environ.get("RAFS_DEBUG") and not isinstance(error, BrokenPipeError):
+        import traceback  # noqa: PLC0415
+
+        traceback.print_exception(error)
     if isinstance(error, RafsError):
-        print(f"rafs: {_one_line(str(error))}", file=sys.stderr)
+        say(str(error))
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        print("rafs: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more can be printed, not even at exit
+        # Nothing more can be printed, not even what is still buffered when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    if isinstance(error, OSError) and error.errno in {
-        errno.ENOSPC,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-    }:
-        print(f"rafs: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+    if isinstance(error, OSError) and error.errno is not None:
+        say(f"{_path(error.filename)}: {error.strerror}")
         return 1
-    if os.environ.get("RAFS_DEBUG"):
-        traceback.print_exception(error)
-        return 1
-    descriptor, path = tempfile.mkstemp(prefix="rafs-fault-", suffix=".txt")
-    with os.fdopen(descriptor, "w") as file:
-        traceback.print_exception(error, file=file)
-    print(f"rafs: a fault of our own ({type(error).__name__}); please report it with {path}", file=sys.stderr)
+    say(_record(error))
     return 1
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def say(line: str) -> None:
+    """Print one line on stderr, whatever was in it."""
+    print("rafs:", " ".join(line.split()), file=sys.stderr)
+
+
+def _path(name: object) -> str:
+    """Return what an OSError says it is about."""
+    if name is None:
+        return "input or output"
+    return os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+
+
+def _record(error: BaseException) -> str:
+    """Write the traceback of a fault of ours to a file; return the line that says so."""
+    import tempfile  # noqa: PLC0415
+    import traceback  # noqa: PLC0415
+
+    text = f"{type(error).__name__}: {str(error)[:200]}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="rafs-fault-", suffix=".txt")
+        with os.fdopen(descriptor, "w", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return f"a fault of our own, {text}; run again with RAFS_DEBUG=1 to see where"
+    return f"a fault of our own, {text}; please report it with {path}"
