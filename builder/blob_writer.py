@@ -23,8 +23,6 @@ from .journal import Journal
 
 _WHOLE: Final = 32 << 20
 """A blob up to this size is kept until it is complete, and not sent if the store has it."""
-_JOURNAL_STEP: Final = 32 << 20
-"""Bytes between two notes of the resume token."""
 
 
 class StaleJournalError(Exception):
@@ -52,7 +50,7 @@ class BlobWriter:
         self._upload: BlobUpload | None = None
         self._skip = 0
         self._expected: tuple[str, int] | None = None
-        self._since_note = 0
+        self._noted = ""
         self._send, self._receive = trio.open_memory_channel[list[bytes | memoryview]](1)
         self.size = 0
         """Bytes put so far: the offset of the next chunk."""
@@ -127,13 +125,12 @@ class BlobWriter:
             if skipped < len(view):
                 await self._upload.write(view[skipped:])
                 self.sent_bytes += len(view) - skipped
-                self._since_note += len(view) - skipped
         self._kept.clear()
         self._kept_bytes = 0
         token = self._upload.resume_token
-        if self._journal and token and self._since_note >= _JOURNAL_STEP:
+        if self._journal and token and token != self._noted:  # once per part that the store has taken
             self._journal.note_token(self._key, token)
-            self._since_note = 0
+            self._noted = token
 
     async def _commit(self, digest: Digest) -> None:
         assert self._upload is not None

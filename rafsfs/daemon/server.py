@@ -6,7 +6,8 @@ The methods are named in docs/protocol/daemon.md.
 Concurrency. One trio run. Nurseries: `_nursery` owns supervisors, prefetches and the sync task; each connection has one of its own for
 its calls, cancelled when the connection ends (an `ensure` whose worker has gone is given up; its flights go on). State is
 changed by trio tasks only, between checkpoints; blocking work of the cache runs in threads, which touch only thread-safe objects.
-Lock order: none; `_mounting` (one mount operation per mountpoint) is never held while waiting for another lock.
+Lock order: none; `_mounting` (one mount operation per mountpoint) and `_opening` (one image is made known to the fetcher at a
+time, local work only) are never held while waiting for another lock.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ class Daemon:
         self._mounts: dict[str, Mount] = {}
         self._opened: dict[tuple[Digest, str], _Opened] = {}
         self._mounting: set[str] = set()
+        self._opening = trio.Lock()
+        self._restored = trio.Event()
         self.stop_requested = trio.Event()
         self.unmount_at_end = False
 
@@ -109,6 +112,8 @@ class Daemon:
             "cache_remove": self._cache_remove,
             "stop": self._stop,
         }
+        if request.method not in {"ensure", "ready", "served"}:
+            await self._restored.wait()  # so that nobody is told of half the mounts
         if request.method == "pull":
             return await self._pull(request.params, progress)
         if request.method == "cache_verify":
@@ -129,7 +134,10 @@ class Daemon:
             raise UsageError(f"chunks {chunks.start} to {chunks.stop} of a data space that is not here")
         counted = mount.sources if mount else None
         deadline = min(float(params["deadline_s"]), 3600.0)
-        await self._fetcher.ensure(space.space_id, chunks, deadline_s=deadline, on_behalf=counted)
+        limit = int(params.get("limit", space.table.count))
+        await self._fetcher.ensure(
+            space.space_id, chunks, deadline_s=deadline, on_behalf=counted, readahead_limit=limit
+        )
         return {}
 
     async def _ready(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -366,20 +374,20 @@ class Daemon:
         try:
             image = await self._cached_image(reference, store)
             key = (image.digest, store.name)
-            opened = self._opened.get(key)
-            if opened is None:
-                chunk_map = await trio.to_thread.run_sync(_read_chunk_map, image)
+            async with self._opening:
                 opened = self._opened.get(key)
                 if opened is None:
+                    chunk_map = await trio.to_thread.run_sync(_read_chunk_map, image)
                     source = await trio.to_thread.run_sync(self._fetcher.add_source, chunk_map, store, store.name)
                     opened = self._opened[key] = _Opened(image, source, store, chunk_map.data_bytes)
+                opened.users += 1  # in the lock: nobody's release may come between
         except BaseException:
             with trio.CancelScope(shield=True):
                 await store.aclose()
             raise
         if opened.store is not store:
-            await store.aclose()
-        opened.users += 1
+            with trio.CancelScope(shield=True):
+                await store.aclose()
         return opened
 
     async def _cached_image(self, reference: Reference, store: ImageStore) -> CachedImage:
@@ -430,8 +438,10 @@ class Daemon:
 
     async def restore_mounts(self) -> None:
         """Take over the mounts that should exist: adopt live workers, mount again what has lost its own."""
-        for spec in list(load_specs(self._cache.path)):
-            self._nursery.start_soon(self._restore, spec)
+        async with trio.open_nursery() as nursery:
+            for spec in list(load_specs(self._cache.path)):
+                nursery.start_soon(self._restore, spec)
+        self._restored.set()
 
     async def _restore(self, spec: MountSpec) -> None:
         try:
@@ -443,14 +453,9 @@ class Daemon:
                 with suppress(MountError):
                     await trio.to_thread.run_sync(lambda: unmount(spec.mountpoint, lazy=True))
             return
-        mount = await self._run_mount_again(spec, opened)
-        self._mounts[spec.id] = mount
-
-    async def _run_mount_again(self, spec: MountSpec, opened: _Opened) -> Mount:
         mount = Mount(spec, opened.source, opened.data_bytes, os.path.join(self._cache.path, "daemon.log"))
         self._mounts[spec.id] = mount
         self._nursery.start_soon(self._supervise, mount, opened)
-        return mount
 
     async def sync_for_ever(self) -> None:
         """Bring what was fetched to the disk, every two seconds while there is anything."""
@@ -610,7 +615,7 @@ async def _run(
         nursery.start_soon(trio.serve_listeners, daemon.serve, [listener])
         nursery.start_soon(_stop_on_signal, daemon)
         _log.info("daemon started: pid=%d cache=%s version=%s", os.getpid(), cache.path, __version__)
-        await daemon.restore_mounts()
+        nursery.start_soon(daemon.restore_mounts)
         if ready:
             ready(daemon)
         await daemon.stop_requested.wait()

@@ -101,8 +101,8 @@ class _Flight:
     """Where the bytes came from, once they have: "origin" or "local"."""
     cause: RafsError | None = None
     """Why the last attempt failed, for whoever gives up first."""
-    sponsors: list[Counter[str]] = field(default_factory=list)
-    """Whose figures the bytes go into, once each."""
+    sponsor: Counter[str] | None = None
+    """Whose figures the bytes go into: who asked first."""
     corrupt: int = 0
     """How often what came did not match its digest."""
 
@@ -126,7 +126,7 @@ class Fetcher:
         self._readahead: dict[bytes, Readahead] = {}
         self._closed = False
         self.counters: Counter[str] = Counter()
-        self._warned: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
 
     def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
         """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
@@ -152,8 +152,9 @@ class Fetcher:
         priority: Priority = Priority.DEMAND,
         deadline_s: float | None = None,
         on_behalf: Counter[str] | None = None,
+        readahead_limit: int | None = None,
     ) -> None:
-        """Return when all of `chunks` of a data space are present.
+        """Return when all of `chunks` of a data space are present. Nothing is read ahead from chunk `readahead_limit` on.
 
         Raises the cause for the first that cannot be had, DeadlineError after `deadline_s` (the setting if None). `on_behalf`
         counts the bytes obtained by where they came from, those read ahead included. Cancel-safe: other waiters keep their flights.
@@ -163,7 +164,7 @@ class Fetcher:
             raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
         wanted = space.missing(chunks)
         if priority is Priority.DEMAND:
-            self._read_ahead(space, chunks, on_behalf)
+            self._read_ahead(space, chunks, readahead_limit, on_behalf)
         if not wanted:
             return
         flights = [self._join(space, index, priority, on_behalf) for index in wanted]
@@ -217,8 +218,8 @@ class Fetcher:
                 self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
                 self._notify()
         flight.waiters += 1
-        if on_behalf is not None and not any(known is on_behalf for known in flight.sponsors):
-            flight.sponsors.append(on_behalf)
+        if flight.sponsor is None:
+            flight.sponsor = on_behalf
         return flight
 
     def _enqueue(self, flight: _Flight) -> None:
@@ -229,20 +230,25 @@ class Fetcher:
         self._wake.set()
         self._wake = trio.Event()
 
-    def _read_ahead(self, space: DataSpace, chunks: Iterable[int], on_behalf: Counter[str] | None) -> None:
+    def _read_ahead(
+        self, space: DataSpace, chunks: Iterable[int], limit: int | None, on_behalf: Counter[str] | None
+    ) -> None:
         numbers = list(chunks)
         if not numbers or space.complete:
             return
         ahead = self._readahead.get(space.space_id)
         if ahead is None:
             mean = max(1, space.size // max(1, space.table.count))
-            limit = max(1, self.settings.readahead_bytes // mean)
-            ahead = self._readahead[space.space_id] = Readahead(space.table.count, limit)
+            window = max(1, self.settings.readahead_bytes // mean)
+            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window)
+        end = space.table.count if limit is None else limit
         for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1)):
+            if index >= end:
+                break
             if (space.space_id, index) not in self._flights and not self._closed:
                 flight = _Flight(space, index, Priority.PREFETCH, trio.Event())
                 flight.waiters = 1  # wanted by the window itself, whoever reads there
-                flight.sponsors += [on_behalf] if on_behalf is not None else []
+                flight.sponsor = on_behalf
                 self._flights[flight.key] = flight
                 self._enqueue(flight)
 
@@ -318,7 +324,7 @@ class Fetcher:
                 return
             for flight in waiting:
                 flight.cause = cause
-            self._warn(waiting, cause)
+            self._note(waiting, cause)
             self.counters["retries"] += 1
             await trio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
@@ -451,12 +457,11 @@ class Fetcher:
         flight.error = error
         self._flights.pop(flight.key, None)
         self.counters["failed" if error else "landed"] += 1
-        if error is None:
-            for sponsor in flight.sponsors:
-                sponsor[flight.origin] += flight.space.table.extent(flight.index)[1]
+        if error is None and flight.sponsor is not None:
+            flight.sponsor[flight.origin] += flight.space.table.extent(flight.index)[1]
         flight.done.set()
         if error is not None and not isinstance(error, DaemonError):
-            self._warn([flight], error)
+            self._note([flight], error)
 
     def _late(self, flights: list[_Flight], limit: float) -> DeadlineError:
         late = next((flight for flight in flights if not flight.done.is_set()), flights[0])
@@ -465,17 +470,17 @@ class Fetcher:
             f"chunk {late.index} of data space {late.space.space_id.hex()[:16]} did not come within {limit:g} s{cause}"
         )
 
-    def _warn(self, flights: list[_Flight], cause: RafsError) -> None:
-        """Log a cause, at most once a second for the same one."""
+    def _note(self, flights: list[_Flight], cause: RafsError) -> None:
+        """Log a failed attempt for who debugs, at most once a second for the same cause. Who gives up a read logs that."""
         text = str(cause)
         now = trio.current_time()
-        if now - self._warned.get(text, -math.inf) < 1:
+        if now - self._noted.get(text, -math.inf) < 1:
             return
-        if len(self._warned) > 1000:
-            self._warned.clear()
-        self._warned[text] = now
+        if len(self._noted) > 1000:
+            self._noted.clear()
+        self._noted[text] = now
         first = flights[0]
-        _log.warning(
+        _log.debug(
             "fetch failed: space=%s chunk=%d waiting=%d cause=%s",
             first.space.space_id.hex()[:16],
             first.index,

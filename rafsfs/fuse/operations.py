@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, cast
@@ -37,8 +38,12 @@ _FOR_EVER_S: Final = 86400.0
 _FILES: Final = 4096
 """Files whose extents are kept at hand: about 1 MiB."""
 
-Ensure = Callable[[int, range], Awaitable[None]]
-"""Asks the daemon for chunks of a data space (by its number); returns when they are present."""
+_SAME_FAILURE_S: Final = 5.0
+"""Failures of one inode within this time are one line in the log."""
+
+Ensure = Callable[[int, range, int], Awaitable[None]]
+"""Asks the daemon for chunks of a data space (by its number); returns when they are present. The last argument is the chunk
+behind the file's own, where reading ahead must end."""
 
 
 class _File:
@@ -65,6 +70,7 @@ class ImageOperations(pyfuse3.Operations):
         self._ensure = ensure
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._buffer = memoryview(bytearray(1 << 20))
+        self._failures: dict[tuple[str, int], float] = {}
         self.cache_bytes = 0
         """Bytes served from chunks that were present when they were asked for."""
 
@@ -175,17 +181,17 @@ class ImageOperations(pyfuse3.Operations):
             if file.inline is not None:
                 return bytes(file.inline[off : off + size])
             missed = False
-            for space, chunks in self._missing(file, off, size):
+            for space, chunks, limit in self._missing(file, off, size):
                 missed = True
-                await self._ensure(space, chunks)
+                await self._ensure(space, chunks, limit)
             if not missed:
                 self.cache_bytes += size
             return cast(bytes, self._fill(file, off, size))
         except (RafsError, OSError, MemoryError) as error:
-            raise self._failed(error, f"read of inode {fh} at {off}") from error
+            raise self._failed(error, "read", fh) from error
 
-    def _missing(self, file: _File, off: int, size: int) -> list[tuple[int, range]]:
-        """Return the (data space, chunks) of a range that are not present; [] on a hit."""
+    def _missing(self, file: _File, off: int, size: int) -> list[tuple[int, range, int]]:
+        """Return (data space, chunks, end of the file's own chunks) for what is not present of a range; [] on a hit."""
         missing = []
         for extent, start, length in _parts(file.extents, off, size):
             if extent.space is None:
@@ -193,7 +199,7 @@ class ImageOperations(pyfuse3.Operations):
             view = self._views[extent.space]
             chunks = view.covering(extent.offset + start, length)
             if not view.is_present(chunks.start, chunks.stop):
-                missing.append((extent.space, chunks))
+                missing.append((extent.space, chunks, view.covering(extent.offset, extent.length).stop))
         return missing
 
     def _fill(self, file: _File, off: int, size: int) -> memoryview:
@@ -250,9 +256,16 @@ class ImageOperations(pyfuse3.Operations):
         found.entry_timeout = found.attr_timeout = _FOR_EVER_S
         return found
 
-    def _failed(self, error: BaseException, what: str) -> pyfuse3.FUSEError:
+    def _failed(self, error: BaseException, what: str, inode: int = 0) -> pyfuse3.FUSEError:
+        """Log an error and return it as the kernel wants it. One failing read is one line: the kernel asks again by the page."""
         code = errno_of(error)
-        _log.warning("%s failed with %s: %s", what, errno.errorcode.get(code, code), error)
+        now = time.monotonic()
+        if now - self._failures.get((what, inode), -_SAME_FAILURE_S) >= _SAME_FAILURE_S:
+            place = f" of inode {inode}" if inode else ""
+            _log.warning("%s%s failed with %s: %s", what, place, errno.errorcode.get(code, code), error)
+            if len(self._failures) > 1000:
+                self._failures.clear()
+            self._failures[what, inode] = now
         return pyfuse3.FUSEError(code)
 
 

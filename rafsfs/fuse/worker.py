@@ -36,6 +36,8 @@ _log = logging.getLogger("rafsfs.fuse.worker")
 _RECONNECT_S: Final = (0.1, 1.0)
 """First and longest pause between attempts to find the daemon."""
 _REPORT_S: Final = 0.5
+_SECOND_CHANCE_S: Final = 2.0
+"""How long after a failed read the same chunk counts as just failed."""
 
 
 class Worker:
@@ -58,15 +60,28 @@ class Worker:
         self._connection: Connection | None = None
         self._changed = trio.Event()
         self._wanted = trio.Event()
+        self._failed: dict[tuple[int, int], float] = {}
 
-    async def ensure(self, space: int, chunks: range) -> None:
+    async def ensure(self, space: int, chunks: range, limit: int) -> None:
         """Return when the chunks are present. Waits for a daemon if there is none, until the mount's deadline.
 
-        Raises what the daemon says, DeadlineError after the deadline.
+        Raises what the daemon says, DeadlineError after the deadline. The kernel asks for one page again when a larger read has
+        failed: what has just failed gets a short second chance, so that the reader waits one deadline and not two.
         """
+        try:
+            failed = self._failed.get((space, chunks.start), -_SECOND_CHANCE_S)
+            again = trio.current_time() - failed < _SECOND_CHANCE_S
+            await self._ensure(space, chunks, limit, min(1.0, self.spec.deadline_s) if again else self.spec.deadline_s)
+        except RafsError:
+            if len(self._failed) > 1000:
+                self._failed.clear()
+            self._failed[space, chunks.start] = trio.current_time()
+            raise
+
+    async def _ensure(self, space: int, chunks: range, limit: int, deadline_s: float) -> None:
         view = self.views[space]
         cause: RafsError | None = None
-        with trio.move_on_after(self.spec.deadline_s) as scope:
+        with trio.move_on_after(deadline_s) as scope:
             while not view.is_present(chunks.start, chunks.stop):
                 connection = await self._connected()
                 left = scope.deadline - trio.current_time()
@@ -74,6 +89,7 @@ class Worker:
                     "space": view.space_id,
                     "first": chunks.start,
                     "stop": chunks.stop,
+                    "limit": limit,
                     "deadline_s": max(0.1, left - 0.2),
                 }
                 try:
@@ -84,7 +100,7 @@ class Worker:
         if scope.cancelled_caught:
             raise DeadlineError(
                 f"chunks {chunks.start} to {chunks.stop - 1} of data space {view.space_id.hex()[:16]} did not come within "
-                f"{self.spec.deadline_s:g} s: {cause or 'no daemon answers'}"
+                f"{deadline_s:g} s: {cause or 'no daemon answers'}"
             )
 
     async def _connected(self) -> Connection:

@@ -275,9 +275,9 @@ def write_error(error: OSError, where: str) -> CacheError:
 
 def replace_file(path: str, data: bytes) -> None:
     """Replace a file's content in one step, 0600."""
-    temporary = f"{path}.new"
+    temporary = f"{path}.new-{os.urandom(6).hex()}"
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         os.rename(temporary, path)
