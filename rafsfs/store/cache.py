@@ -85,6 +85,7 @@ class Cache:
     def __init__(self, path: str, lock_fd: int, index: ChunkIndex | None) -> None:
         self.path = path
         self._lock_fd = lock_fd
+        self._references = threading.Lock()
         self._index = index
         self._spaces: dict[bytes, DataSpace] = {}
         self._mutex = threading.Lock()
@@ -160,8 +161,9 @@ class Cache:
 
     def note_reference(self, image: CachedImage, reference: str) -> None:
         """Remember that `reference` named this image just now, for mounts while the registry is away."""
-        others = [name for name in image.references() if name != reference]
-        replace_file(os.path.join(image.directory, "references"), json.dumps([reference, *others][:64]).encode())
+        with self._references:
+            others = [name for name in image.references() if name != reference]
+            replace_file(os.path.join(image.directory, "references"), json.dumps([reference, *others][:64]).encode())
 
     def image(self, digest: Digest) -> CachedImage | None:
         """Return a cached image; None if it is not here or its manifest is not what its name says."""
