@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from typing import Any
 
 import click
+import trio
 
 from rafsfs.daemon.launch import connect
-from rafsfs.errors import IntegrityError, UsageError
+from rafsfs.errors import DaemonError, IntegrityError, UsageError
+from rafsfs.fuse.spec import load_specs
+from rafsfs.store.cache import Cache
 
 from .options import cache_dir_option, json_option, option
-from .output import print_json, print_table, size
+from .output import existing_parent, print_json, print_table, size
 from .run import run_async
 
 
@@ -29,6 +33,44 @@ async def _call(cache_dir: str, method: str, params: dict[str, Any]) -> dict[str
         return await connection.call(method, params)
 
 
+async def _look(cache_dir: str) -> dict[str, Any]:
+    """Return what is in the cache: from its daemon, or from the directory if none runs, which is not woken for this."""
+    with suppress(DaemonError):
+        async with connect(cache_dir, start=False) as connection:
+            return await connection.call("cache_list", {})
+    return await trio.to_thread.run_sync(_look_at_directory, cache_dir)
+
+
+def _look_at_directory(cache_dir: str) -> dict[str, Any]:
+    path = os.path.abspath(cache_dir)
+    if not os.path.isdir(path):
+        return {"cache_dir": path, "images": [], "spaces": []}
+    cache = Cache.open(path, exclusive=False)
+    mounted = {spec.digest for spec in load_specs(path)}  # workers serve on without a daemon
+    try:
+        return {
+            "cache_dir": path,
+            "images": [
+                {"digest": str(image.digest), "references": image.references(), "mounted": str(image.digest) in mounted}
+                for image in cache.images()
+            ],
+            "spaces": [
+                {
+                    "id": space.space_id.hex(),
+                    "size": space.size,
+                    "chunks": space.chunks,
+                    "present_chunks": space.present_chunks,
+                    "present_bytes": space.present_bytes,
+                    "images": space.images,
+                    "in_use": not mounted.isdisjoint(space.images),
+                }
+                for space in cache.spaces()
+            ],
+        }
+    finally:
+        cache.close(clean=False)
+
+
 @command.command("ls")
 @cache_dir_option
 @json_option
@@ -37,7 +79,7 @@ def list_command(cache_dir: str, as_json: bool) -> None:
 
     Example: rafs cache ls --json
     """
-    found = run_async(_call, cache_dir, "cache_list", {})
+    found = run_async(_look, cache_dir)
     if as_json:
         print_json(found)
         return
@@ -71,8 +113,8 @@ def usage_command(cache_dir: str, as_json: bool) -> None:
 
     Example: rafs cache du
     """
-    found = run_async(_call, cache_dir, "cache_list", {})
-    free = shutil.disk_usage(cache_dir).free
+    found = run_async(_look, cache_dir)
+    free = shutil.disk_usage(existing_parent(cache_dir)).free
     used = _disk_usage(cache_dir)
     facts = {
         "cache_dir": os.path.abspath(cache_dir),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import stat
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import click
 import trio
 
-from rafsfs.errors import FormatError, IntegrityError, NotFoundError, RafsError
+from rafsfs.errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnavailableError
 from rafsfs.format.check import check_bootstrap
 from rafsfs.image import Image, ImageReader
 from rafsfs.interfaces import ImageStore
-from rafsfs.registry.store import RegistryOptions
+from rafsfs.registry.options import RegistryOptions
+from rafsfs.types import Digest
 
 from .options import json_option, option, registry_options, take_registry_options
 from .output import print_json, progress_bar, show_path
@@ -52,11 +53,11 @@ async def _check(ref: str, with_data: bool, options: RegistryOptions, bar: bool)
         findings = await trio.to_thread.run_sync(lambda: list(check_bootstrap(image.bootstrap_bytes)))
         findings += await trio.to_thread.run_sync(_uncovered, image)
         bad_blobs = await _check_blobs(image, store)
-        findings += bad_blobs
+        findings += bad_blobs.values()
         bad_chunks: list[dict[str, Any]] = []
         if with_data:
             with progress_bar("checking", enabled=bar) as progress:
-                bad_chunks = await _check_data(image, store, progress)
+                bad_chunks = await _check_data(image, store, bad_blobs, progress)
             findings += [_describe(chunk) for chunk in bad_chunks]
         return {
             "reference": ref,
@@ -86,22 +87,28 @@ def _uncovered(image: Image) -> list[str]:
     return found
 
 
-async def _check_blobs(image: Image, store: ImageStore) -> list[str]:
-    findings = []
+async def _check_blobs(image: Image, store: ImageStore) -> dict[Digest, str]:
+    """Return a line for every blob that is not there, or not as long as the image says."""
+    findings = {}
     for blob in image.manifest.blobs:
         if not await store.has_blob(blob.digest):
-            findings.append(f"blob {blob.digest} is not in {store.name}")
-            continue
-        try:
-            async with store.open_range(blob.digest, blob.size - 1, 1) as stream:
-                await stream.readinto(memoryview(bytearray(1)))
-        except RafsError as error:
-            findings.append(f"blob {blob.digest} does not have its {blob.size} bytes: {error}")
+            findings[blob.digest] = f"blob {blob.digest} is not in {store.name}"
+        elif blob.size:
+            try:
+                async with store.open_range(blob.digest, blob.size - 1, 1) as stream:
+                    await stream.readinto(memoryview(bytearray(1)))
+            except (RemoteError, IntegrityError, FormatError) as error:
+                findings[blob.digest] = f"blob {blob.digest} does not give the last of its {blob.size} bytes: {error}"
     return findings
 
 
-async def _check_data(image: Image, store: ImageStore, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """Read every chunk; return those that are bad, with the files that need them."""
+async def _check_data(
+    image: Image, store: ImageStore, broken: Collection[Digest], progress: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
+    """Read every chunk; return those that are bad, with the files that need them.
+
+    A store that cannot be reached ends the check, except where `broken` says that a blob does not have its bytes.
+    """
     reader = ImageReader(store, image)
     bad: list[tuple[int, int, str]] = []
     done = 0
@@ -114,6 +121,10 @@ async def _check_data(image: Image, store: ImageStore, progress: Callable[[int, 
                 try:
                     await reader.read_chunk(space, index)
                 except (IntegrityError, FormatError, NotFoundError) as error:
+                    bad.append((space, index, str(error)))
+                except UnavailableError as error:
+                    if _blob_of(image, space, index) not in broken:
+                        raise
                     bad.append((space, index, str(error)))
                 done += length
                 progress(done, image.chunk_map.data_bytes)
@@ -132,13 +143,17 @@ async def _check_data(image: Image, store: ImageStore, progress: Callable[[int, 
         {
             "space": space,
             "chunk": index,
-            "blob": str(image.chunk_map.blobs[image.chunk_map.stored(space, index).blob].digest),
+            "blob": str(_blob_of(image, space, index)),
             "offset": image.chunk_map.stored(space, index).offset,
             "files": users[space, index],
             "cause": cause,
         }
         for space, index, cause in sorted(bad)
     ]
+
+
+def _blob_of(image: Image, space: int, index: int) -> Digest:
+    return image.chunk_map.blobs[image.chunk_map.stored(space, index).blob].digest
 
 
 def _users(image: Image, chunks: set[tuple[int, int]]) -> defaultdict[tuple[int, int], list[str]]:

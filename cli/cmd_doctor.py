@@ -12,15 +12,18 @@ from typing import Any
 
 import click
 
+from rafsfs.config import load_config
 from rafsfs.errors import RafsError
 from rafsfs.fuse.mountpoint import check_fuse, may_allow_other
 from rafsfs.registry.credentials import docker_config_dir, find_credential
 from rafsfs.registry.reference import parse_reference
 from rafsfs.registry.store import RegistryOptions
 
+from .main import COMMANDS
 from .options import cache_dir_option, json_option, registry_options, take_registry_options
-from .output import print_json, print_table, size
+from .output import existing_parent, print_json, print_table, size
 from .run import run_async
+from .settings import check_config
 from .wiring import opened
 
 
@@ -48,7 +51,7 @@ def command(ref: str | None, cache_dir: str, as_json: bool, **options: Any) -> i
     registry = take_registry_options(options)
     findings = [check() for check in (_fuse, _fusermount, _allow_other, _kernel, _erofs)]
     findings += _cache(cache_dir)
-    findings.append(_docker_config(registry))
+    findings += [_docker_config(registry), _config()]
     if ref:
         findings.append(_registry(ref, registry))
     if as_json:
@@ -102,9 +105,7 @@ def _erofs() -> Finding:
 
 
 def _cache(cache_dir: str) -> Iterator[Finding]:
-    existing = Path(os.path.abspath(cache_dir))
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_parent(cache_dir)
     writable = os.access(existing, os.W_OK | os.X_OK)
     yield Finding(
         "cache directory",
@@ -112,7 +113,7 @@ def _cache(cache_dir: str) -> Iterator[Finding]:
         f"{cache_dir} {'can' if writable else 'cannot'} be written",
         "choose another with --cache-dir or RAFS_CACHE_DIR",
     )
-    kind = _filesystem_of(str(existing))
+    kind = _filesystem_of(existing)
     remote = kind in {"nfs", "nfs4", "cifs", "fuse.sshfs", "9p"}
     yield Finding(
         "file system",
@@ -135,6 +136,14 @@ def _filesystem_of(path: str) -> str:
         if (path == place or path.startswith(place.rstrip("/") + "/")) and len(place) >= len(best):
             best, kind = place, fields[2]
     return kind
+
+
+def _config() -> Finding:
+    try:
+        check_config(load_config(), COMMANDS)
+    except RafsError as error:
+        return Finding("rafs.toml", False, str(error), "mend the file, see docs/operations.md")
+    return Finding("rafs.toml", True, "no mistakes in the config files, if there are any")
 
 
 def _docker_config(options: RegistryOptions) -> Finding:

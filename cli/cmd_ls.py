@@ -71,8 +71,10 @@ async def _list(ref: str, path: bytes, recursive: bool, options: RegistryOptions
 
 def _entry(bootstrap: Bootstrap, path: bytes, inode: Inode) -> dict[str, Any]:
     target = bootstrap.readlink(inode.nid) if stat.S_ISLNK(inode.mode) else b""
+    shown = show_path(path)
     return {
-        "path": show_path(path),
+        "path": shown,
+        **({} if shown.encode() == path else {"path_hex": path.hex()}),
         "mode": stat.filemode(inode.mode),
         "nlink": inode.nlink,
         "uid": inode.uid,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from typing import Final
 
@@ -56,7 +57,7 @@ class _Commands(click.Group):
 
 def _end_with_example(command: click.Command) -> None:
     """Move the example of a command's description to the end of its help, behind the options."""
-    text, mark, example = (command.help or "").partition("\n\nExample: ")
+    text, mark, example = inspect.cleandoc(command.help or "").partition("\n\nExample: ")
     if mark:
         command.help, command.epilog = text, f"Example: {example}"
     for child in command.commands.values() if isinstance(command, click.Group) else ():

@@ -28,9 +28,17 @@ def print_table(rows: Sequence[Sequence[object]], *, header: Sequence[str] | Non
 
 
 def show_path(path: bytes) -> str:
-    """Return a path for a person, bytes that are no UTF-8 or not printable escaped."""
+    """Return a path for a person: as it is if it can be printed, else with what cannot, and backslashes, escaped."""
     text = os.fsdecode(path)
-    return text if text.isprintable() else path.decode("utf-8", "backslashreplace").encode("unicode_escape").decode()
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"  # a byte that is not UTF-8
+    if character == "\\" or not character.isprintable():
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 @contextmanager
@@ -63,3 +71,11 @@ def lines_of(values: dict[str, Any]) -> None:
     width = max(len(name) for name in values)
     for name, value in values.items():
         print(f"{name + ':':<{width + 1}} {value}")
+
+
+def existing_parent(path: str) -> str:
+    """Return `path`, or the nearest directory above it that exists."""
+    found = os.path.abspath(path)
+    while not os.path.isdir(found) and os.path.dirname(found) != found:
+        found = os.path.dirname(found)
+    return found
