@@ -57,4 +57,4 @@ def refusal(store: str, what: str, answer: Answer) -> RemoteError:
             f"{answer.target.origin.netloc} speaks TLS but was asked in plain HTTP; "
             "for a registry on loopback give its CA with --ca-file, else leave out --plain-http"
         )
-    return RemoteError(f"{store}: {what}: the registry answered {answer.status}{detail}")
+    return RemoteError(f"{store}: {what}: {answer.target.origin.netloc} answered {answer.status}{detail}")

@@ -22,7 +22,7 @@ from ..net.origin import Target
 from ..net.ranges import RangeRefusedError, format_range, plan_delivery
 from ..net.retry import RETRYABLE_STATUSES
 from ..types import Digest
-from .answer import error_detail
+from .answer import Answer, error_detail, refusal
 from .remote import MAX_REDIRECTS, REDIRECTS, Remote
 
 REMEMBER_S: Final = 60.0
@@ -109,7 +109,8 @@ class BlobRanges:
         target = self._remembered(digest) or home
         renewed = False
         for _ in range(MAX_REDIRECTS + 3):
-            response = await self._ask(target, offset, length)
+            used = self._header_for(target)
+            response = await self._ask(target, offset, length, used)
             try:
                 status = response.status
                 if status in {200, 206}:
@@ -121,7 +122,7 @@ class BlobRanges:
                 elif status in _EXPIRED and self._redirects.pop(digest, None) is not None and target != home:
                     target = home
                 elif status == 401 and target.origin == self._remote.origin and not renewed:
-                    await self._renew(response)
+                    await self._renew(response, used)
                     renewed = True
                 else:
                     raise self._refused(digest, target, response, told, offset + length)
@@ -131,20 +132,21 @@ class BlobRanges:
             response.close()
         raise RemoteError(f"{self._what(digest)} is redirected in circles, last to {target}")
 
-    async def _ask(self, target: Target, offset: int, length: int) -> Response:
+    def _header_for(self, target: Target) -> str | None:
+        """Return the Authorization for a request: only ever the registry's own origin gets one."""
+        at_home = target.origin == self._remote.origin
+        return self._remote.auth.header(self._remote.scope("pull")) if at_home else None
+
+    async def _ask(self, target: Target, offset: int, length: int, authorization: str | None) -> Response:
         headers = {"Range": format_range(offset, length)}
-        if target.origin == self._remote.origin:
-            header = self._remote.auth.header(self._remote.scope("pull"))
-            if header is not None:
-                headers["Authorization"] = header
+        if authorization is not None:
+            headers["Authorization"] = authorization
         return await self._remote.pool.open(target, headers)
 
-    async def _renew(self, response: Response) -> None:
-        scope = self._remote.scope("pull")
+    async def _renew(self, response: Response, rejected: str | None) -> None:
         challenges = response.headers.get_all("www-authenticate")
         response.close()  # its slot may be the last one, and another task may hold the lock of the renewal
-        # Which header was rejected is asked of the cache: if another task has renewed it since, that one is new to us.
-        await self._remote.auth.renew(scope, challenges, self._remote.auth.header(scope))
+        await self._remote.auth.renew(self._remote.scope("pull"), challenges, rejected)
 
     async def _deliver(self, response: Response, digest: Digest, offset: int, length: int) -> RangeStream:
         try:
@@ -180,7 +182,7 @@ class BlobRanges:
         if status in {401, 403}:
             # The registry let us through and its storage does not: an address gone stale, which the registry renews.
             return _TryAgain(UnavailableError(f"{what}: its storage at {target} answered {status}"), None)
-        return RemoteError(f"{what}: {target} answered {status}{detail}, expected 206")
+        return refusal(self._remote.name, f"blob {digest}", Answer(status, response.headers, told, target))
 
     def _remembered(self, digest: Digest) -> Target | None:
         found = self._redirects.get(digest)

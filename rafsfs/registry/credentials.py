@@ -56,8 +56,14 @@ def config_path(configured: str | None) -> str:
     return os.path.join(docker_config_dir(configured), "config.json")
 
 
-def find_credential(registry: str, configured: str | None = None, *, repository: str = "") -> Credential | None:
-    """Return the credential for a repository, or None if there is none. Blocking, up to 20 s for a helper.
+def find_credential(
+    registry: str,
+    configured: str | None = None,
+    *,
+    repository: str = "",
+    helper_timeout_s: float = HELPER_TIMEOUT_S,
+) -> Credential | None:
+    """Return the credential for a repository, or None if there is none. Blocking, for as long as a helper may take.
 
     Raises UsageError for a config that cannot be used, AccessDeniedError when a helper fails.
     """
@@ -65,7 +71,7 @@ def find_credential(registry: str, configured: str | None = None, *, repository:
     config = _read(path)
     helper = _helper_of(config, registry, path)
     if helper is not None:
-        found = _ask_helper(helper, registry, path)
+        found = _ask_helper(helper, registry, path, helper_timeout_s)
         if found is not None:
             return found
     return _from_auths(config, registry, repository, path)
@@ -109,20 +115,20 @@ def _helper_of(config: Mapping[str, Any], registry: str, path: str) -> str | Non
     return helper
 
 
-def _ask_helper(helper: str, registry: str, path: str) -> Credential | None:
+def _ask_helper(helper: str, registry: str, path: str, timeout_s: float) -> Credential | None:
     program = f"docker-credential-{helper}"
     server = _keys(registry)[0]
     try:
         # No shell, no terminal: a helper that wants to ask a person fails instead of hanging.
         done = subprocess.run(
-            [program, "get"], input=server.encode(), capture_output=True, timeout=HELPER_TIMEOUT_S, check=False
+            [program, "get"], input=server.encode(), capture_output=True, timeout=timeout_s, check=False
         )
     except FileNotFoundError:
         raise UsageError(
             f"{program}, named as credential helper for {registry} in {path}, is not on PATH; install it or remove it there"
         ) from None
     except subprocess.TimeoutExpired:
-        raise AccessDeniedError(f"{program} gave no credentials for {registry} within {HELPER_TIMEOUT_S:g} s") from None
+        raise AccessDeniedError(f"{program} gave no credentials for {registry} within {timeout_s:g} s") from None
     except OSError as error:
         raise UsageError(f"{program}, named in {path}, cannot be run: {error.strerror}") from None
     if done.returncode != 0:

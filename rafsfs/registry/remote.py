@@ -10,10 +10,11 @@ Concurrency: no task of its own; all methods may run side by side and may be can
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Mapping
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Self
 
 import httpx
+import trio
 
 from .. import __version__
 from ..errors import RemoteError, UnavailableError, UsageError
@@ -187,32 +188,30 @@ class Remote:
         what: str,
     ) -> Answer:
         """Send one request and read its answer. Raises UnavailableError when there is none to be had this time."""
-        fields = dict(headers)
-        content: AsyncIterator[bytes] | bytes | None = None
+        request = httpx.Request(
+            method,
+            target.url,
+            headers={"Host": target.origin.netloc, "User-Agent": _USER_AGENT, "Accept": "*/*", **headers},
+            stream=_Pieces(body) if body is not None else None,
+            extensions={"timeout": httpx.Timeout(self._timeout_s, read=self._timeout_s + patience_s).as_dict()},
+        )
         if body is not None:
-            fields["Content-Length"] = str(len(body))
-            content = _pieces(body) if len(body) else b""
-        timeout = httpx.Timeout(self._timeout_s, read=self._timeout_s + patience_s)
-        client = self._client_for(target)
+            request.headers["Content-Length"] = str(len(body))
         try:
-            async with client.stream(method, target.url, headers=fields, content=content, timeout=timeout) as response:
-                received = bytearray()
-                if method != "HEAD":
-                    bound = limit if response.is_success else _ERROR_LIMIT
-                    async for piece in response.aiter_bytes():
-                        received += piece
-                        if len(received) > bound:
-                            if response.is_success:
-                                raise RemoteError(
-                                    f"{self.name}: {what} is larger than {bound} bytes, the most accepted"
-                                )
-                            break
-                raw = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
-                return Answer(response.status_code, Headers(raw), bytes(received), target)
+            response = await self._client_for(target).send(request, stream=True)
+            try:
+                received, is_whole = await _read(response, limit if response.is_success else _ERROR_LIMIT)
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await response.aclose()
         except httpx.HTTPError as error:
             raise self._failure(error, target) from error
         except httpx.InvalidURL as error:
             raise RemoteError(f"{self.name}: {target} cannot be asked: {error}") from None
+        if response.is_success and not is_whole:
+            raise RemoteError(f"{self.name}: {what} is larger than {limit} bytes, the most accepted")
+        raw = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers.raw]
+        return Answer(response.status_code, Headers(raw), received, target)
 
     def _client_for(self, target: Target) -> httpx.AsyncClient:
         proxy = proxy_for(target.origin)
@@ -243,10 +242,40 @@ def _with(headers: Mapping[str, str], authorization: str | None) -> Mapping[str,
     return headers if authorization is None else {**headers, "Authorization": authorization}
 
 
-async def _pieces(body: bytes | bytearray | memoryview) -> AsyncIterator[bytes]:
-    view = memoryview(body).cast("B")
-    for start in range(0, len(view), _PIECE):
-        yield bytes(view[start : start + _PIECE])
+class _Pieces(httpx.AsyncByteStream):
+    """A request body, piece by piece. No generator: one left behind by a broken request would be a warning."""
+
+    def __init__(self, body: bytes | bytearray | memoryview) -> None:
+        self._view = memoryview(body).cast("B")
+        self._next = 0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._next >= len(self._view):
+            raise StopAsyncIteration
+        piece = bytes(self._view[self._next : self._next + _PIECE])
+        self._next += len(piece)
+        return piece
+
+
+async def _read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
+    """Return the body, or about its first `limit` bytes, and whether that is all of it."""
+    received = bytearray()
+    if response.request.method == "HEAD":
+        return b"", True
+    try:
+        async for piece in response.aiter_bytes():
+            if len(received) > limit:
+                # Closing under the iteration ends it from within; to leave it would strand its generators.
+                await response.aclose()
+            else:
+                received += piece
+    except (httpx.HTTPError, httpx.StreamError):
+        if len(received) <= limit:
+            raise
+    return bytes(received[:limit]), len(received) <= limit
 
 
 def _cause(error: BaseException) -> str:

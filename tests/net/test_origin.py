@@ -37,8 +37,11 @@ def test_blanks_and_line_ends_cannot_get_into_a_request() -> None:
         "http://user:pw@h/",
         "http://h:99999/",
         "http://h:x/",
-    ]
-    + ["http://ho st/", "http://[::1/", "http://[fe80::1%25eth0]/", "https://" + "a" * 20_000],
+        "http://ho st/",
+        "http://[::1/",
+        "http://[fe80::1%25eth0]/",
+        "https://" + "a" * 20_000,
+    ],
 )
 def test_what_is_no_url_for_us_is_refused_without_showing_secrets(url: str) -> None:
     with pytest.raises(ValueError) as caught:
