@@ -152,10 +152,7 @@ def write_bootstrap(root: Node, spaces: Sequence[SpaceSpec]) -> bytes:
 def _device_slots(spaces: Sequence[SpaceSpec]) -> list[DeviceSlot]:
     if len(spaces) > MAX_DEVICES:
         raise FormatError(f"{len(spaces)} data spaces, EROFS has room for {MAX_DEVICES}: use a larger bound")
-    slots = [device_slot(space.space_id, space.size) for space in spaces]
-    if len({slot.tag for slot in slots}) < len(slots):
-        raise FormatError("a data space is listed twice")
-    return slots
+    return [device_slot(space.space_id, space.size) for space in spaces]
 
 
 def _collect(root: Node) -> list[_Placed]:
