@@ -37,17 +37,20 @@ def make_weights(target: Path, *, quick: bool) -> Path:
 def large_image(size: int, chunk_size: int) -> tuple[bytes, bytes, bytes]:
     """Return (bootstrap, chunk map, blob) of an image with files of 10 GiB each, `size` bytes together.
 
-    Every chunk is the same incompressible content, stored once: all metadata is of full size, the data is one chunk.
+    Two incompressible chunks are stored. Every chunk is the first of them, but for one chunk per data space, at another
+    place in each, so that no two spaces are the same: all metadata is of full size, the data is two chunks.
     """
-    content = random.Random(1).randbytes(chunk_size)
-    digest = chunk_digest(content)
+    content = random.Random(1).randbytes(2 * chunk_size)
+    digests = [chunk_digest(content[:chunk_size]), chunk_digest(content[chunk_size:])]
     builder = ChunkMapBuilder()
     blob = builder.add_blob(Digest.of(content), len(content))
     for first in range(0, size, SPACE_BOUND):
         length = min(SPACE_BOUND, size - first)
         space = builder.add_space(length)
-        for offset in range(0, length, chunk_size):
-            builder.add_chunk(space, offset, chunk_size, digest, blob, 0, chunk_size, CODEC_RAW, 0)
+        for number, offset in enumerate(range(0, length, chunk_size)):
+            which = int(number == space)
+            at = which * chunk_size
+            builder.add_chunk(space, offset, chunk_size, digests[which], blob, at, chunk_size, CODEC_RAW, 0)
     spaces = [
         SpaceSpec(builder.space_id(space), min(SPACE_BOUND, size - space * SPACE_BOUND))
         for space in range((size + SPACE_BOUND - 1) // SPACE_BOUND)
