@@ -30,9 +30,10 @@ def render() -> str:
 
 
 def tree(kind: type[errors.RafsError]) -> Iterator[type[errors.RafsError]]:
-    """Yield a class and its subclasses, by exit code."""
+    """Yield a class and its subclasses of the same module, by exit code."""
     yield kind
-    for child in sorted(kind.__subclasses__(), key=lambda child: child.exit_code):
+    children = (child for child in kind.__subclasses__() if child.__module__ == kind.__module__)
+    for child in sorted(children, key=lambda child: child.exit_code):
         yield from tree(child)
 
 
