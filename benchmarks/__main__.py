@@ -39,7 +39,8 @@ def main() -> int:
             except Exception as error:  # noqa: BLE001 - one that cannot run must not hide the others
                 failed.append(name)
                 print(f"{name} did not run: {error}", file=sys.stderr, flush=True)
-    print(f"weights: {setting.weights_bytes / 1e6:.0f} MB" if "weights" in vars(setting) else "")
+        if "weights_bytes" in vars(setting):
+            print(f"weights: {setting.weights_bytes / 1e6:.0f} MB")
     print(table(rows))
     return 1 if failed else 0
 

@@ -13,6 +13,8 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
+from tests.support.processes import wait_for
+
 from .measure import Row, interleave, median, spread, timed
 from .setting import Setting
 
@@ -46,10 +48,10 @@ def run(setting: Setting) -> list[Row]:
     def mount_and_read(name: str) -> float:
         ref, file = images[name]
         with setting.node() as node:
-            node.status()
-            if not node.processes("daemon"):
-                daemon = node.start("daemon", "--cache-dir", node.cache)
-                assert daemon.poll() is None
+            node.start("daemon", "--cache-dir", node.cache)
+            wait_for(lambda: node.run("status").returncode == 0 and (node.cache / "daemon.sock").exists(), "a daemon")
+            where = node.home / "mnt"
+            where.mkdir()
             return timed(lambda: first_byte(node.mount(ref) / file))
 
     def command_start() -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -11,9 +11,7 @@ import trio
 from rafsfs import logs
 from rafsfs.daemon.connection import Connection, open_connection
 from rafsfs.daemon.launch import connect
-from rafsfs.daemon.server import Daemon, DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError, RafsError
-from rafsfs.fetch.fetcher import FetchSettings
 
 from .options import (
     DurationType,
@@ -27,6 +25,9 @@ from .options import (
 )
 from .output import print_json
 from .run import run_async
+
+if TYPE_CHECKING:
+    from rafsfs.daemon.server import Daemon
 
 
 @click.command("mount")
@@ -95,6 +96,10 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
         pass
     else:
         return
+    # Here, not above: `rafs mount` without --foreground must be quick, and needs none of the daemon.
+    from rafsfs.daemon.server import DaemonSettings, run_daemon  # noqa: PLC0415
+    from rafsfs.fetch.fetcher import FetchSettings  # noqa: PLC0415
+
     logs.configure()
     failure: list[RafsError] = []
 
