@@ -265,6 +265,10 @@ class Fetcher:
             except RafsError as error:
                 for flight in batch:
                     self._land(flight, error)
+            except Exception:  # noqa: BLE001 - boundary of a batch: our own fault fails it alone, not every mount
+                _log.exception(
+                    "fetch met a fault: space=%s chunk=%d", batch[0].space.space_id.hex()[:16], batch[0].index
+                )
             finally:
                 for flight in batch:
                     if not flight.done.is_set():

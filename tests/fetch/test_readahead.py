@@ -1,0 +1,48 @@
+"""Readahead: nothing for the first access, a growing window for a stream."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rafsfs.fetch.readahead import Readahead
+
+
+def test_the_first_access_fetches_nothing_extra() -> None:
+    ahead = Readahead(1000, 32)
+    assert list(ahead.advance(0, 1)) == []
+    assert list(ahead.advance(500, 502)) == []
+
+
+def test_a_stream_opens_its_window_and_doubles_it_to_the_limit() -> None:
+    ahead = Readahead(10_000, 16)
+    seen = []
+    for number in range(40):
+        asked = ahead.advance(number, number + 1)
+        seen += list(asked)
+        assert asked.stop <= number + 1 + 16 or not asked
+    assert seen == sorted(set(seen))
+    assert seen[0] == 2
+    assert max(seen) == 39 + 16
+
+
+def test_two_interleaved_streams_are_two_streams() -> None:
+    ahead = Readahead(10_000, 8)
+    for number in range(10):
+        low = list(ahead.advance(number, number + 1))
+        high = list(ahead.advance(5000 + number, 5001 + number))
+        assert all(index < 100 for index in low)
+        assert all(index >= 5000 for index in high)
+    assert high
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 199), st.integers(1, 4)), max_size=60), st.integers(1, 64))
+def test_whatever_is_asked_for_lies_ahead_inside_the_space_and_the_limit(
+    demands: list[tuple[int, int]], limit: int
+) -> None:
+    ahead = Readahead(200, limit)
+    for first, count in demands:
+        stop = min(200, first + count)
+        asked = ahead.advance(first, stop)
+        assert all(stop <= index < min(200, stop + limit) for index in asked)
