@@ -10,7 +10,7 @@ from typing import Any
 import click
 import trio
 
-from rafsfs.errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnavailableError
+from rafsfs.errors import FormatError, IntegrityError, NotFoundError, RemoteError
 from rafsfs.format.check import check_bootstrap
 from rafsfs.image import Image, ImageReader
 from rafsfs.interfaces import ImageStore
@@ -122,7 +122,7 @@ async def _check_data(
                     await reader.read_chunk(space, index)
                 except (IntegrityError, FormatError, NotFoundError) as error:
                     bad.append((space, index, str(error)))
-                except UnavailableError as error:
+                except RemoteError as error:
                     if _blob_of(image, space, index) not in broken:
                         raise
                     bad.append((space, index, str(error)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from typing import Final
 
@@ -80,6 +81,8 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+    if "_RAFS_COMPLETE" in os.environ:  # a shell asks for completions
+        main.main(prog_name="rafs")
     sys.exit(invoke(sys.argv[1:]))
 
 
@@ -87,7 +90,9 @@ def invoke(arguments: list[str]) -> int:
     """Run one command line; return its exit code. Never raises."""
     try:
         check_siblings()
-        code = main.main(arguments, prog_name="rafs", standalone_mode=False)
+        # Not `main.main`, which has an opinion of its own about a closed output.
+        with main.make_context("rafs", arguments) as context:
+            code = main.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as error:
         return error.exit_code

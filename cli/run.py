@@ -59,7 +59,8 @@ def report(error: BaseException) -> int:
 
 def say(line: str) -> None:
     """Print one line on stderr, whatever was in it."""
-    print("rafs:", " ".join(line.split()), file=sys.stderr)
+    text = " ".join(line.split()).encode(errors="backslashreplace").decode()
+    print(f"rafs: {text}", file=sys.stderr)
 
 
 def _path(name: object) -> str:
