@@ -131,10 +131,12 @@ async def connect(origin: Origin, proxy: Proxy | None, timeout_s: float) -> Wire
 
 
 def _reason(error: OSError) -> str:
-    """Return why: trio gathers the failures of all addresses in a group below the error it raises."""
+    """Return why: trio groups the failures of all addresses it tried below the error that it raises."""
     cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    while isinstance(cause, BaseExceptionGroup):
-        cause = cause.exceptions[0]
-    return str(getattr(cause, "strerror", None) or cause)[:100].lower()
+    while True:
+        if isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        elif cause.__cause__ is not None:
+            cause = cause.__cause__
+        else:
+            return str(getattr(cause, "strerror", None) or cause)[:100].lower()

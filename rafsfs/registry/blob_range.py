@@ -106,7 +106,8 @@ class BlobRanges:
 
     async def _attempt(self, digest: Digest, offset: int, length: int) -> tuple[Response, RangeStream]:
         home = self._remote.target(f"blobs/{digest}")
-        target = self._remembered(digest) or home
+        remembered = self._remembered(digest)
+        target = remembered or home
         renewed = False
         for _ in range(MAX_REDIRECTS + 3):
             used = self._header_for(target)
@@ -119,8 +120,9 @@ class BlobRanges:
                 if status in REDIRECTS:
                     target = self._remote.redirected(target, response.headers.get("location"), self._what(digest))
                     self._remember(digest, target)
-                elif status in _EXPIRED and self._redirects.pop(digest, None) is not None and target != home:
-                    target = home
+                elif status in _EXPIRED and target == remembered:
+                    target, remembered = home, None
+                    self._redirects.pop(digest, None)
                 elif status == 401 and target.origin == self._remote.origin and not renewed:
                     await self._renew(response, used)
                     renewed = True

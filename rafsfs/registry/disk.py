@@ -82,12 +82,12 @@ def place(temporary: str, directory: str, name: str, *, replace: bool = True) ->
     sync_directory(directory)
 
 
-def write_all(fd: int, view: memoryview, path: str) -> None:
-    """Write all of `view` at the file's position. Blocking."""
+def write_all(fd: int, view: memoryview, path: str, *, offset: int = 0) -> None:
+    """Write all of `view` at `offset` of the file. Blocking."""
     done = 0
     while done < len(view):
         try:
-            done += os.write(fd, view[done : done + WRITE_PIECE])
+            done += os.pwrite(fd, view[done : done + WRITE_PIECE], offset + done)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
 

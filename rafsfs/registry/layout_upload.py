@@ -86,15 +86,18 @@ class LayoutUpload:
 
     async def _flush(self) -> None:
         if self._gathered:
-            gathered, self._gathered = self._gathered, bytearray()
-            await self._append(memoryview(gathered))
+            # Let go of only when written: after a failure or a cancellation the next write begins with it.
+            await self._append(bytes(self._gathered))
+            self._gathered.clear()
 
-    async def _append(self, view: memoryview) -> None:
+    async def _append(self, data: bytes | memoryview) -> None:
         if self._fd < 0:
             raise RemoteError(f"upload {self._path} is already finished or abandoned")
+        view = memoryview(data)
 
         def append() -> None:
-            write_all(self._fd, view, self._path)
+            # At a place of our own counting: what a full disk cut short is overwritten by the next try.
+            write_all(self._fd, view, self._path, offset=self._offset)
             self._sha256.update(view)
             self._offset += len(view)
 
@@ -108,6 +111,7 @@ class LayoutUpload:
             self._close()
             os.unlink(self._path)
             raise IntegrityError(f"the uploaded blob hashes to sha256:{actual}, expected {digest}; build it again")
+        os.ftruncate(self._fd, self._offset)
         os.fsync(self._fd)
         self._close()
         place(self._path, self._blobs, digest.hex)

@@ -61,7 +61,7 @@ class Remote:
         self.plain = plain
         self.rng = random.Random()
         self._timeout_s = options.timeout_s
-        self._policy = RetryPolicy(retries=options.retries, budget_s=2 * options.timeout_s)
+        self._policy = RetryPolicy(retries=options.retries)
         self._context = client_context(
             ca_file=options.ca_file, client_cert=options.client_cert, client_key=options.client_key
         )
@@ -279,14 +279,16 @@ async def _read(response: httpx.Response, limit: int) -> tuple[bytes, bool]:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the innermost reason in words: httpx and its parts wrap it several times."""
+    """Return the innermost reason in words: httpx and its parts wrap it several times, trio groups all addresses tried."""
     cause: BaseException = error
-    for _ in range(10):
-        while isinstance(cause, BaseExceptionGroup):
+    while True:
+        if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
-        inner = cause.__cause__ or (cause.__context__ if not cause.__suppress_context__ else None)
-        if inner is None:
+        elif cause.__cause__ is not None:
+            cause = cause.__cause__
+        elif cause.args and isinstance(cause.args[0], BaseException):
+            cause = cause.args[0]  # httpcore's way
+        else:
             break
-        cause = inner
     text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
     return "".join(c for c in str(text) if c.isprintable())[:150].lower()
