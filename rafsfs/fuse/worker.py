@@ -36,8 +36,9 @@ _log = logging.getLogger("rafsfs.fuse.worker")
 _RECONNECT_S: Final = (0.1, 1.0)
 """First and longest pause between attempts to find the daemon."""
 _REPORT_S: Final = 0.5
-_SECOND_CHANCE_S: Final = 2.0
-"""How long after a failed read the same chunk counts as just failed."""
+_SECOND_CHANCE_S: Final = 0.1
+"""How long after a failed read the same chunk counts as just failed: the kernel asks again within milliseconds, a reader who
+tries again of his own will gets the full deadline, since the registry may be back."""
 
 
 class Worker:
