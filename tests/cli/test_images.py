@@ -8,6 +8,8 @@ import os
 import shutil
 import stat
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,26 +137,32 @@ def test_export_gives_the_directory_back(rafs: Rafs, ref: str, source: Path) -> 
     assert (target / "weights.bin").stat().st_ino == (target / "sub" / "hard").stat().st_ino
 
 
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that other users get into; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="rafs-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of other owners, which needs root")
-def test_export_by_an_ordinary_user_leaves_out_what_needs_root(rafs: Rafs, tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def test_export_by_an_ordinary_user_leaves_out_what_needs_root(rafs: Rafs, open_directory: Path) -> None:
+    source = open_directory / "source"
     (source / "closed").mkdir(parents=True)
     (source / "closed" / "setuid").write_bytes(b"x" * 10_000)
     os.chmod(source / "closed" / "setuid", 0o4755)
     os.link(source / "closed" / "setuid", source / "zz")
     os.chmod(source / "closed", 0o600)
     os.mknod(source / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    ref = f"oci:{tmp_path / 'layout'}:v1"
+    ref = f"oci:{open_directory / 'layout'}:v1"
     assert rafs("build", source, "-t", ref).returncode == 0
-    for path in (tmp_path, *tmp_path.parents):
-        if path.is_relative_to(tmp_path.parents[1]):
-            os.chmod(path, 0o755)
-    (rafs.home / "user").mkdir()
-    os.chown(rafs.home / "user", 65534, 65534)
-    target = rafs.home / "user" / "out"
+    user = open_directory / "user"
+    user.mkdir()
+    os.chown(user, 65534, 65534)
+    target = user / "out"
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *rafs_command(), "export", ref, target],
-        capture_output=True, text=True, check=False, env={**os.environ, "HOME": str(rafs.home / "user")},
+        capture_output=True, text=True, check=False, cwd="/", env={**os.environ, "HOME": str(user)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "1 device nodes" in done.stderr
