@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Final
 
 import click
-import trio
 
 from rafsfs import logs
 from rafsfs.daemon.launch import connect
@@ -15,6 +13,7 @@ from rafsfs.errors import DaemonError
 from rafsfs.fetch.fetcher import FetchSettings
 
 from .options import SizeType, cache_dir_option, option
+from .process import wait_ended
 from .run import run_async
 
 _STOP_S: Final = 60.0
@@ -78,21 +77,10 @@ async def _stop(cache_dir: str, unmount: bool) -> None:
     try:
         async with connect(cache_dir, start=False) as connection:
             pid = (await connection.call("status", {}))["daemon"]["pid"]
-            try:
-                process = os.pidfd_open(pid)
-            except ProcessLookupError:
-                process = -1
             await connection.call("stop", {"unmount": unmount})
     except DaemonError as error:
         raise DaemonError(f"no daemon runs for {cache_dir}") from error
-    if process < 0:
-        return
-    try:
-        with trio.move_on_after(_STOP_S) as limit:
-            await trio.lowlevel.wait_readable(process)  # it has ended: data synced, lock given back
-    finally:
-        os.close(process)
-    if limit.cancelled_caught:
+    if not await wait_ended(pid, _STOP_S):
         raise DaemonError(
             f"the daemon of {cache_dir} (pid {pid}) has not ended after {_STOP_S:g} s; see its daemon.log"
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import trio
@@ -12,6 +13,8 @@ from rafsfs import logs
 from rafsfs.daemon.connection import Connection, open_connection
 from rafsfs.daemon.launch import connect
 from rafsfs.errors import DaemonError, RafsError
+from rafsfs.fuse.mountpoint import unmount
+from rafsfs.fuse.spec import load_specs
 
 from .options import (
     DurationType,
@@ -24,10 +27,15 @@ from .options import (
     take_registry_options,
 )
 from .output import print_json
+from .process import wait_ended
 from .run import run_async
 
 if TYPE_CHECKING:
     from rafsfs.daemon.server import Daemon
+
+
+_WORKER_END_S: Final = 5.0
+"""How long a worker may take to end when its mount has been taken away."""
 
 
 @click.command("mount")
@@ -112,16 +120,28 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
         await run_daemon(cache_dir, settings, ready=ready)
     if failure:
         raise failure[0]
+    await _take_away(cache_dir, params["mountpoint"])
 
 
 async def _mount_in(cache_dir: str, params: dict[str, Any], daemon: Daemon, failure: list[RafsError]) -> None:
-    """Ask the daemon of this very process for the mount; it unmounts everything when it is told to stop."""
-    daemon.unmount_at_end = True
+    """Ask the daemon of this very process for the mount; a failure ends the daemon."""
     try:
         await _mount(cache_dir, params)
     except RafsError as error:
         failure.append(error)
         daemon.stop_requested.set()
+
+
+async def _take_away(cache_dir: str, mountpoint: str) -> None:
+    """Unmount what this process mounted; mounts of others that its daemon looked after stay up."""
+    specs = [spec for spec in load_specs(os.path.abspath(cache_dir)) if spec.mountpoint == mountpoint]
+    for spec in specs:
+        spec.remove()
+    await trio.to_thread.run_sync(lambda: unmount(mountpoint, lazy=True))
+    for spec in specs:
+        # A worker ends when its mount has gone.
+        if spec.worker_alive() and not await wait_ended(spec.worker_pid, _WORKER_END_S):
+            os.kill(spec.worker_pid, signal.SIGKILL)
 
 
 async def _hold(connection: Connection, params: dict[str, Any]) -> None:
