@@ -36,9 +36,10 @@ _log = logging.getLogger("rafsfs.fuse.worker")
 _RECONNECT_S: Final = (0.1, 1.0)
 """First and longest pause between attempts to find the daemon."""
 _REPORT_S: Final = 0.5
+_SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
-"""How long after a failed read the same chunk counts as just failed: the kernel asks again within milliseconds, a reader who
-tries again of his own will gets the full deadline, since the registry may be back."""
+"""How long after a failed read the next one of the same chunk is taken for the kernel's, which asks again within milliseconds
+and once. A reader who tries again of his own will gets the full deadline, since the registry may be back."""
 
 
 class Worker:
@@ -57,7 +58,7 @@ class Worker:
         self.views = [SpaceView(os.path.join(spaces, slot.tag.decode())) for slot in self.bootstrap.spaces]
         for view in self.views:
             view.check_complete()
-        self.operations = ImageOperations(self.bootstrap, self.views, self.ensure)
+        self.operations = ImageOperations(self.bootstrap, self.views, self.ensure, has_xattrs=spec.has_xattrs)
         self._connection: Connection | None = None
         self._changed = trio.Event()
         self._wanted = trio.Event()
@@ -67,12 +68,14 @@ class Worker:
         """Return when the chunks are present. Waits for a daemon if there is none, until the mount's deadline.
 
         Raises what the daemon says, DeadlineError after the deadline. The kernel asks for one page again when a larger read has
-        failed: what has just failed gets a short second chance, so that the reader waits one deadline and not two.
+        failed: what has just failed gets one short second chance, so that the reader waits one deadline and not two.
         """
+        failed = self._failed.pop((space, chunks.start), -_SECOND_CHANCE_S)
+        if trio.current_time() - failed < _SECOND_CHANCE_S:
+            await self._ensure(space, chunks, limit, min(_SECOND_DEADLINE_S, self.spec.deadline_s))
+            return
         try:
-            failed = self._failed.get((space, chunks.start), -_SECOND_CHANCE_S)
-            again = trio.current_time() - failed < _SECOND_CHANCE_S
-            await self._ensure(space, chunks, limit, min(1.0, self.spec.deadline_s) if again else self.spec.deadline_s)
+            await self._ensure(space, chunks, limit, self.spec.deadline_s)
         except RafsError:
             if len(self._failed) > 1000:
                 self._failed.clear()
