@@ -17,6 +17,7 @@ import trio
 
 from rafsfs.errors import IntegrityError
 from rafsfs.interfaces import BlobUpload, ImageStore
+from rafsfs.registry.upload import UploadLostError
 from rafsfs.types import Digest
 
 from .journal import Journal
@@ -26,7 +27,7 @@ _WHOLE: Final = 32 << 20
 
 
 class StaleJournalError(Exception):
-    """The journal named a finished blob, and the bytes made now are others: build again without its word."""
+    """What the journal or the store knew of a blob does not hold: build again without its word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,16 @@ class BlobWriter:
         await self._send.aclose()
 
     async def run(self) -> None:
-        """Take data until `finish`, then see that the store has the blob."""
+        """Take data until `finish`, then see that the store has the blob. Raises StaleJournalError if the build must be made anew."""
+        try:
+            await self._run()
+        except UploadLostError:
+            if self._journal is None:
+                raise
+            self._journal.forget(self._key)  # the session is gone with what it held; other blobs keep theirs
+            raise StaleJournalError from None
+
+    async def _run(self) -> None:
         if self._journal:
             finished = self._journal.finished(self._key)
             if finished and await self._store.has_blob(Digest(finished[0])):

@@ -29,6 +29,7 @@ from rafsfs.format.manifest import (
     MEDIA_TYPE_CONFIG,
     MEDIA_TYPE_MANIFEST,
     UNCOMPRESSED_SIZE,
+    XATTRS,
     ImageConfig,
     encode_manifest,
 )
@@ -225,6 +226,7 @@ class _Build:
             ),
             chunk_map=Descriptor(MEDIA_TYPE_CHUNK_MAP, map_digest, len(chunk_map)),
             blobs=blobs,
+            annotations={} if self._scan.has_xattrs else {XATTRS: "none"},
         )
         return await self._store.put_manifest(manifest, MEDIA_TYPE_MANIFEST, tag=tag)
 

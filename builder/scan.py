@@ -69,6 +69,8 @@ class Scan:
     """Regular files, each inode once."""
     input_bytes: int = 0
     """Sum of their sizes."""
+    has_xattrs: bool = False
+    """Whether anything has extended attributes that are stored."""
 
 
 def scan(source: str | bytes, exclude: Exclude, space_bound: int) -> Scan:
@@ -91,6 +93,7 @@ def scan(source: str | bytes, exclude: Exclude, space_bound: int) -> Scan:
         root.children[name] = walker.add(os.path.realpath(top), name)
     else:
         raise SourceError(f"{_show(top)} is neither a directory nor a regular file")
+    walker.result.has_xattrs = walker.has_xattrs
     return walker.result
 
 
@@ -100,6 +103,7 @@ class _Walker:
         self._space_bound = space_bound
         self._links: dict[tuple[int, int], Node] = {}
         self._skipped_xattrs: set[bytes] = set()
+        self.has_xattrs = False
         self.result = Scan(Node(stat.S_IFDIR))
 
     def walk(self, top: bytes, root: Node) -> None:
@@ -143,13 +147,15 @@ class _Walker:
 
     def make_node(self, path: bytes, status: os.stat_result) -> Node:
         """Return a node with the metadata of a path."""
+        xattrs = self._xattrs(path)
+        self.has_xattrs = self.has_xattrs or bool(xattrs)
         return Node(
             status.st_mode,
             uid=status.st_uid,
             gid=status.st_gid,
             mtime_ns=status.st_mtime_ns,
             rdev=status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0,
-            xattrs=self._xattrs(path),
+            xattrs=xattrs,
         )
 
     def _add_file(self, path: bytes, relative: bytes, node: Node, status: os.stat_result) -> None:

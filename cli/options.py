@@ -144,8 +144,16 @@ def for_daemon(ref: str, registry: RegistryOptions) -> dict[str, Any]:
 
 
 def mountpoint_of(directory: str) -> str:
-    """Return a mountpoint's absolute path. Raises UsageError for a name that cannot be sent: it is no UTF-8."""
+    """Return a mountpoint as the kernel's table names it: absolute, links resolved.
+
+    Nothing below a mount that is there is touched, since its worker may hang. Raises UsageError for a name that cannot be sent.
+    """
+    from rafsfs.fuse.mountpoint import is_mounted  # noqa: PLC0415
+
     path = os.path.abspath(directory)
+    path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    if not is_mounted(path):
+        path = os.path.realpath(path)
     try:
         path.encode()
     except UnicodeEncodeError:

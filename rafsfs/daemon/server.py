@@ -180,6 +180,7 @@ class Daemon:
                     deadline_s=float(params.get("deadline_s", 60.0)),
                     read_ahead_kb=int(params.get("read_ahead_kb", 1024)),
                     allow_other=may_allow_other(),
+                    has_xattrs=(await trio.to_thread.run_sync(opened.image.manifest)).has_xattrs,
                     registry=asdict(options),
                     daemon_argv=daemon_argv(self._cache.path),
                 )

@@ -23,6 +23,9 @@ MEDIA_TYPE_BLOB: Final = "application/vnd.rafs.blob.v1"
 UNCOMPRESSED_SIZE: Final = "vnd.rafs.uncompressed-size"
 """Annotation of the bootstrap layer: its size after decompression, bytes, decimal."""
 
+XATTRS: Final = "vnd.rafs.xattrs"
+"""Annotation of the manifest: `none` if no file has extended attributes, so that a mount need not be asked for any."""
+
 VERSION: Final = 1
 MAX_MANIFEST: Final = 4 << 20
 MAX_CONFIG: Final = 1 << 20
@@ -67,6 +70,11 @@ class ImageManifest:
     chunk_map: Descriptor
     blobs: tuple[Descriptor, ...]
     annotations: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_xattrs(self) -> bool:
+        """Whether some file may have extended attributes."""
+        return self.annotations.get(XATTRS) != "none"
 
 
 def encode_manifest(

@@ -63,8 +63,11 @@ class ImageOperations(pyfuse3.Operations):
     enable_writeback_cache = False
     supports_dot_lookup = True
 
-    def __init__(self, bootstrap: Bootstrap, views: Sequence[SpaceView], ensure: Ensure) -> None:
+    def __init__(
+        self, bootstrap: Bootstrap, views: Sequence[SpaceView], ensure: Ensure, *, has_xattrs: bool = True
+    ) -> None:
         super().__init__()
+        self._has_xattrs = has_xattrs
         self._bootstrap = bootstrap
         self._views = views
         self._ensure = ensure
@@ -102,7 +105,12 @@ class ImageOperations(pyfuse3.Operations):
             raise self._failed(error, "readlink") from error
 
     async def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
-        """Return one extended attribute."""
+        """Return one extended attribute.
+
+        ENOSYS, where no file has any, tells the kernel not to ask again: `ls -l` asks for every file.
+        """
+        if not self._has_xattrs:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
         try:
             value = self._bootstrap.xattrs(self._nid(inode)).get(name)
         except (RafsError, OSError) as error:

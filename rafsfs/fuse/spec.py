@@ -30,6 +30,7 @@ class MountSpec:
     deadline_s: float = 60.0
     read_ahead_kb: int = 1024
     allow_other: bool = True
+    has_xattrs: bool = True
     registry: dict[str, Any] = field(default_factory=dict)
     """RegistryOptions as a dict: paths and switches."""
     daemon_argv: list[str] = field(default_factory=list)
