@@ -35,7 +35,7 @@ def main() -> None:
     choice = parser.parse_args().registry
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("demo: told to stop"))  # so that what was started is ended
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-demo-")))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-demo-"))).resolve()
         os.environ["RAFS_CACHE_DIR"] = str(work / "cache")
         os.environ["XDG_STATE_HOME"] = str(work / "state")
         model = make_model(work / "model")

@@ -73,3 +73,24 @@ def test_cache_commands_show_and_free_what_was_pulled(node: Node, ref: str) -> N
     assert removed["freed_bytes"] == pulled["data_bytes"]
     assert node.json("cache", "ls")["spaces"] == []
     assert node.run("cache", "rm", ref).returncode == 2
+
+
+def test_a_mountpoint_named_by_a_link_is_the_directory_it_leads_to(node: Node, ref: str) -> None:
+    real = node.home / "real"
+    (real / "mnt").mkdir(parents=True)
+    (node.home / "parent").symlink_to(real)
+    (node.home / "direct").symlink_to(real / "mnt")
+    for name in ("parent/mnt", "direct"):
+        mounted = node.json("mount", ref, node.home / name)
+        assert mounted["mountpoint"] == str(real / "mnt")
+        assert (node.home / name / "config.json").exists()
+        assert node.run("mount", ref, node.home / name).returncode == 51
+        node.rafs("umount", node.home / name)
+        assert mountpoints_below(node.home) == []
+
+
+def test_a_mountpoint_that_is_no_text_is_refused_in_one_line(node: Node, ref: str) -> None:
+    done = node.run("mount", ref, b"mnt-\xff")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "UTF-8" in done.stderr
