@@ -130,7 +130,6 @@ def test_root_that_is_no_directory_is_refused() -> None:
 @pytest.mark.parametrize(
     "spaces",
     [
-        [SPACE, SPACE],
         [SpaceSpec(b"short", 1)],
         [SpaceSpec(space_id(0), 16 << 40)],
         [SpaceSpec(space_id(0), -1)],
