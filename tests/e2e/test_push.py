@@ -24,18 +24,18 @@ def test_an_interrupted_push_resumes_and_sends_the_rest_only(node: Node, registr
         options = ("--space-size", "8MiB")
         build = node.start("build", model, "-t", ref, *options)
         try:
-            wait_for(partial(has_sent, wire, 70_000_000), "70 MB are sent", 60)
+            wait_for(partial(has_sent, wire, 85_000_000), "85 MB are sent", 60)
         finally:
             kill(build.pid)
             build.communicate()
-        sent_before = wire.to_server
 
         missing = node.run("inspect", ref)
         assert missing.returncode == 21, "nothing is visible under the tag"
 
         wire.to_server = 0
         built = node.build(model, ref, *options)
-        assert wire.to_server < built["stored_bytes"] - 0.5 * sent_before
+        # Small blobs go out whole, several at once: some were finished at 85 MB, others were on their way.
+        assert built["sent_bytes"] < 0.9 * built["stored_bytes"]
         assert wire.to_server < 1.02 * built["sent_bytes"] + (1 << 20)
 
         wire.to_server = 0
