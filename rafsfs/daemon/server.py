@@ -20,8 +20,8 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -35,33 +35,28 @@ from ..errors import (
     MountError,
     MountpointError,
     RafsError,
-    UnavailableError,
     UsageError,
 )
-from ..fetch.fetcher import Fetcher, FetchSettings, Source, open_fetcher
-from ..format.chunk_map import ChunkMap
+from ..fetch.fetcher import Fetcher, FetchSettings, open_fetcher
 from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount
 from ..fuse.spec import MountSpec, load_specs
-from ..image import load_image
-from ..interfaces import ImageStore
-from ..registry.reference import Reference, parse_reference
-from ..registry.store import RegistryOptions, make_store
-from ..store.cache import Cache, CachedImage
-from ..store.data_space import DataSpace
+from ..registry.reference import parse_reference
+from ..registry.store import RegistryOptions
+from ..store.cache import Cache
 from ..types import Digest
+from .cache_calls import CacheCalls
 from .connection import socket_path
+from .images import OpenedImage, OpenImages
 from .launch import daemon_argv
 from .mounts import Mount, rss_bytes
-from .protocol import VERSION, Event, FrameReader, Hello, Message, Reply, Request, encode, error_reply
+from .protocol import Request
+from .session import PROGRESS_S, Progress, Session, first_error
 
 _log = logging.getLogger(__name__)
 
 _SYNC_S: Final = 2.0
 """How long a chunk may be present before it is brought to the disk and entered in the index."""
-_PROGRESS_S: Final = 0.2
 _CREDENTIALS = struct.Struct("3i")
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +64,6 @@ class DaemonSettings:
     """What a daemon is run with."""
 
     fetch: FetchSettings = field(default_factory=FetchSettings)
-
-
-@dataclass(slots=True, eq=False)
-class _Opened:
-    """An image in use: where its chunks come from, and by how many mounts and pulls it is used."""
-
-    image: CachedImage
-    source: Source
-    store: ImageStore
-    data_bytes: int
-    users: int = 0
 
 
 class Daemon:
@@ -91,9 +75,9 @@ class Daemon:
         self._nursery = nursery
         self._settings = settings
         self._mounts: dict[str, Mount] = {}
-        self._opened: dict[tuple[Digest, str], _Opened] = {}
+        self._images = OpenImages(cache, fetcher, nursery)
+        self._cache_calls = CacheCalls(cache, self._images, self._mounted_digests)
         self._mounting: set[str] = set()
-        self._opening = trio.Lock()
         self._restored = trio.Event()
         self.stop_requested = trio.Event()
         self.unmount_at_end = False
@@ -109,8 +93,8 @@ class Daemon:
             "mount": self._mount,
             "umount": self._umount,
             "status": self._status,
-            "cache_list": self._cache_list,
-            "cache_remove": self._cache_remove,
+            "cache_list": lambda params: self._cache_calls.list(),
+            "cache_remove": lambda params: self._cache_calls.remove(params.get("image")),
             "stop": self._stop,
         }
         if request.method not in {"ensure", "ready", "served"}:
@@ -118,7 +102,7 @@ class Daemon:
         if request.method == "pull":
             return await self._pull(request.params, progress)
         if request.method == "cache_verify":
-            return await self._cache_verify(request.params, progress)
+            return await self._cache_calls.verify(progress)
         method = methods.get(request.method)
         if method is None:
             raise UsageError(f"the daemon (rafs {__version__}) knows no method {request.method[:60]!r}")
@@ -168,7 +152,7 @@ class Daemon:
         try:
             await trio.to_thread.run_sync(check_mountpoint, mountpoint)
             options = _options(params)
-            opened = await self._open_image(parse_reference(params["ref"]), options)
+            opened = await self._images.open(parse_reference(params["ref"]), options)
             try:
                 spec = MountSpec(
                     id=os.urandom(8).hex(),
@@ -187,13 +171,13 @@ class Daemon:
                 mount = await self._run_mount(spec, opened)
                 mount.raise_if_failed()
             except BaseException:
-                self._release(opened)
+                self._images.release(opened)
                 raise
         finally:
             self._mounting.discard(mountpoint)
         return self._mount_status(mount)
 
-    async def _run_mount(self, spec: MountSpec, opened: _Opened) -> Mount:
+    async def _run_mount(self, spec: MountSpec, opened: OpenedImage) -> Mount:
         """Start supervising a mount; return when it is ready or has failed. A cancelled call takes the mount away."""
         mount = Mount(spec, opened.source, opened.data_bytes, os.path.join(self._cache.path, "daemon.log"))
         spec.save()
@@ -217,14 +201,14 @@ class Daemon:
             await self._drop(mount)
         return mount
 
-    async def _supervise(self, mount: Mount, opened: _Opened) -> None:
+    async def _supervise(self, mount: Mount, opened: OpenedImage) -> None:
         async with trio.open_nursery() as nursery:
             if mount.spec.prefetch == "all":
                 nursery.start_soon(self._prefetch, mount, opened)
             await mount.supervise()
             nursery.cancel_scope.cancel()
 
-    async def _prefetch(self, mount: Mount, opened: _Opened) -> None:
+    async def _prefetch(self, mount: Mount, opened: OpenedImage) -> None:
         """Fill the image behind a mount; a failure is tried again, since reads do their own fetching meanwhile."""
         await mount.ready.wait()
         while True:
@@ -232,7 +216,7 @@ class Daemon:
                 await self._fetcher.prefetch_all(opened.source, on_behalf=mount.sources)
             except* RafsError as group:
                 _log.warning("prefetch paused: mountpoint=%s cause=%s", mount.spec.mountpoint, group.exceptions[0])
-            if self._present(opened.source) >= opened.data_bytes:
+            if self._images.present_bytes(opened.source) >= opened.data_bytes:
                 _log.info("prefetch complete: mountpoint=%s bytes=%d", mount.spec.mountpoint, opened.data_bytes)
                 return
             await trio.sleep(5)
@@ -251,7 +235,7 @@ class Daemon:
             raise MountError(f"{mountpoint} is not a mount of the daemon of {self._cache.path}; see `rafs status`")
         await mount.stop(lazy=bool(params.get("lazy", False)))
         self._mounts.pop(mount.spec.id, None)
-        self._release_of(mount)
+        self._images.release_source(mount.source)
         return {"mountpoint": mountpoint}
 
     async def _status(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -267,11 +251,11 @@ class Daemon:
         }
 
     def _mount_status(self, mount: Mount) -> dict[str, Any]:
-        return mount.status() | {"present_bytes": self._present(mount.source)}
+        return mount.status() | {"present_bytes": self._images.present_bytes(mount.source)}
 
     async def _pull(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         started = time.monotonic()
-        opened = await self._open_image(parse_reference(params["ref"]), _options(params))
+        opened = await self._images.open(parse_reference(params["ref"]), _options(params))
         counted: Counter[str] = Counter()
         try:
             async with trio.open_nursery() as nursery:
@@ -280,9 +264,9 @@ class Daemon:
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(self._cache.sync)
         except BaseExceptionGroup as group:
-            raise _first(group) from group
+            raise first_error(group) from group
         finally:
-            self._release(opened)
+            self._images.release(opened)
         return {
             "ref": params["ref"],
             "digest": str(opened.image.digest),
@@ -292,149 +276,18 @@ class Daemon:
             "seconds": round(time.monotonic() - started, 3),
         }
 
-    async def _report(self, opened: _Opened, progress: Progress) -> None:
+    async def _report(self, opened: OpenedImage, progress: Progress) -> None:
         while True:
-            progress({"done": self._present(opened.source), "total": opened.data_bytes})
-            await trio.sleep(_PROGRESS_S)
+            progress({"done": self._images.present_bytes(opened.source), "total": opened.data_bytes})
+            await trio.sleep(PROGRESS_S)
 
-    async def _cache_list(self, params: dict[str, Any]) -> dict[str, Any]:
-        used = self._used_spaces()
-        images = []
-        for image in await trio.to_thread.run_sync(self._cache.images):
-            mounted = any(mount.spec.digest == str(image.digest) for mount in self._mounts.values())
-            images.append({"digest": str(image.digest), "references": image.references(), "mounted": mounted})
-        spaces = [
-            {
-                "id": space.space_id.hex(),
-                "size": space.size,
-                "chunks": space.chunks,
-                "present_chunks": space.present_chunks,
-                "present_bytes": space.present_bytes,
-                "images": space.images,
-                "in_use": space.space_id in used,
-            }
-            for space in await trio.to_thread.run_sync(self._cache.spaces)
-        ]
-        return {"cache_dir": self._cache.path, "images": images, "spaces": spaces}
-
-    async def _cache_remove(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Remove an image by digest or reference, or everything that is not in use, and the spaces nobody else needs."""
-        wanted = params.get("image")
-        in_use = {mount.spec.digest for mount in self._mounts.values()} | {
-            str(o.image.digest) for o in self._opened.values()
-        }
-        images = await trio.to_thread.run_sync(self._cache.images)
-        if wanted:
-            doomed = [image for image in images if wanted in {str(image.digest), image.digest.hex, *image.references()}]
-            if not doomed:
-                raise UsageError(f"no image {wanted} in cache {self._cache.path}; see `rafs cache ls`")
-            held = next((image for image in doomed if str(image.digest) in in_use), None)
-            if held:
-                raise CacheError(f"image {held.digest} is mounted; unmount it before it is removed")
-        else:
-            doomed = [image for image in images if str(image.digest) not in in_use]
-        for image in doomed:
-            self._cache.remove_image(image.digest)
-        freed = 0
-        removed = 0
-        used = self._used_spaces()
-        for space in await trio.to_thread.run_sync(self._cache.spaces):
-            if not space.images and space.space_id not in used:
-                freed += await trio.to_thread.run_sync(self._cache.remove_space, space.space_id)
-                removed += 1
-        return {"images": [str(image.digest) for image in doomed], "spaces": removed, "freed_bytes": freed}
-
-    async def _cache_verify(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        """Hash every present chunk; what does not match is unmarked and will be fetched again."""
-        checked = 0
-        bad: list[dict[str, Any]] = []
-        for summary in await trio.to_thread.run_sync(self._cache.spaces):
-            space = self._cache.opened_space(summary.space_id)
-            if space is None:
-                continue
-            present = [index for index in range(space.table.count) if space.is_present(index)]
-            for start in range(0, len(present), 16):
-                batch = present[start : start + 16]
-                good = await trio.to_thread.run_sync(_verify_chunks, space, batch)
-                bad += [
-                    {"space": space.space_id.hex(), "chunk": i} for i, ok in zip(batch, good, strict=True) if not ok
-                ]
-                checked += len(batch)
-                progress({"checked": checked})
-        return {"checked": checked, "bad": bad}
+    def _mounted_digests(self) -> set[str]:
+        return {mount.spec.digest for mount in self._mounts.values()}
 
     async def _stop(self, params: dict[str, Any]) -> dict[str, Any]:
         self.unmount_at_end = bool(params.get("unmount", False))
         self.stop_requested.set()
         return {}
-
-    # ---- images ------------------------------------------------------------------------------------------------
-
-    async def _open_image(self, reference: Reference, options: RegistryOptions) -> _Opened:
-        """Return an image ready to be fetched from, one more user. What is cached already needs no registry."""
-        store = make_store(reference, options)
-        try:
-            image = await self._cached_image(reference, store)
-            key = (image.digest, store.name)
-            async with self._opening:
-                opened = self._opened.get(key)
-                if opened is None:
-                    chunk_map = await trio.to_thread.run_sync(_read_chunk_map, image)
-                    source = await trio.to_thread.run_sync(self._fetcher.add_source, chunk_map, store, store.name)
-                    opened = self._opened[key] = _Opened(image, source, store, chunk_map.data_bytes)
-                opened.users += 1  # in the lock: nobody's release may come between
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await store.aclose()
-            raise
-        if opened.store is not store:
-            with trio.CancelScope(shield=True):
-                await store.aclose()
-        return opened
-
-    async def _cached_image(self, reference: Reference, store: ImageStore) -> CachedImage:
-        name = str(reference)
-        if reference.digest:
-            image = self._cache.image(reference.digest)
-            if image:
-                return image
-        try:
-            descriptor = await store.resolve(reference.reference)
-        except UnavailableError as error:
-            image = self._cache.find_by_reference(name)
-            if image is None:
-                raise
-            _log.warning("registry away, using the cached image: ref=%s digest=%s cause=%s", name, image.digest, error)
-            return image
-        image = self._cache.image(descriptor.digest)
-        if image is None:
-            loaded = await load_image(store, str(descriptor.digest))
-            parts = (loaded.manifest_bytes, loaded.bootstrap_bytes, loaded.chunk_map_bytes)
-            return await trio.to_thread.run_sync(self._cache.add_image, *parts, name)
-        self._cache.note_reference(image, name)
-        return image
-
-    def _release(self, opened: _Opened) -> None:
-        opened.users -= 1
-        if not opened.users:
-            self._fetcher.remove_source(opened.source)
-            self._opened.pop((opened.image.digest, opened.store.name), None)
-            self._nursery.start_soon(opened.store.aclose)
-
-    def _release_of(self, mount: Mount) -> None:
-        opened = next((o for o in self._opened.values() if o.source is mount.source), None)
-        if opened:
-            self._release(opened)
-
-    def _present(self, source: Source) -> int:
-        total = 0
-        for space_id in source.spaces:
-            space = self._cache.opened_space(space_id)
-            total += space.present_bytes if space else 0
-        return total
-
-    def _used_spaces(self) -> set[bytes]:
-        return {space_id for opened in self._opened.values() for space_id in opened.source.spaces}
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
@@ -448,7 +301,7 @@ class Daemon:
     async def _restore(self, spec: MountSpec) -> None:
         try:
             reference = parse_reference(spec.ref).with_digest(Digest(spec.digest))
-            opened = await self._open_image(reference, RegistryOptions(**spec.registry))
+            opened = await self._images.open(reference, RegistryOptions(**spec.registry))
         except (RafsError, TypeError) as error:
             _log.error("mount cannot be restored: mountpoint=%s cause=%s", spec.mountpoint, error)
             if not spec.worker_alive():
@@ -482,103 +335,13 @@ class Daemon:
                 _log.warning("connection refused: uid=%d", uid)
                 return
             async with trio.open_nursery() as nursery:
-                await _Session(self, stream, nursery).run()
+                await Session(self.handle, stream, nursery).run()
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError, FormatError) as group:
             _log.debug("connection ended: %s", group.exceptions[0])
         finally:
             with trio.CancelScope(shield=True):
                 await stream.aclose()
-
-
-class _Session:
-    """One connection: reads requests, runs each in a task, writes replies."""
-
-    def __init__(self, daemon: Daemon, stream: trio.SocketStream, nursery: trio.Nursery) -> None:
-        self._daemon = daemon
-        self._stream = stream
-        self._nursery = nursery
-        self._lock = trio.Lock()
-        self._limit = trio.Semaphore(256)
-        self._mount = ""
-
-    async def run(self) -> None:
-        reader = FrameReader()
-        while data := await self._stream.receive_some(65536):
-            for message in reader.feed(data):
-                if isinstance(message, Hello):
-                    self._mount = message.mount
-                    await self._send(Hello(VERSION, f"rafs {__version__}", "", os.getpid()))
-                elif isinstance(message, Request):
-                    await self._limit.acquire()
-                    self._nursery.start_soon(self._run, message)
-
-    async def _run(self, request: Request) -> None:
-        pending: dict[str, Any] = {}
-
-        async def tell(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            task_status.started()
-            while True:
-                await trio.sleep(_PROGRESS_S)
-                if pending:
-                    data = dict(pending)
-                    pending.clear()
-                    await self._send(Event(request.id, data))
-
-        try:
-            if self._mount and request.method == "ensure":
-                request.params["mount"] = self._mount
-            async with _progress_task(tell, quiet=request.method == "ensure"):
-                result = await self._daemon.handle(request, pending.update)
-            reply = Reply(request.id, result)
-        except RafsError as error:
-            reply = error_reply(request.id, error)
-        except Exception as error:  # noqa: BLE001 - the boundary of a call: log it, tell the caller, serve on
-            _log.exception("call failed: method=%s", request.method)
-            reply = error_reply(request.id, DaemonError(f"the daemon met a fault of its own: {error!r}; see its log"))
-        finally:
-            self._limit.release()
-        await self._send(reply)
-
-    async def _send(self, message: Message) -> None:
-        async with self._lock:
-            await self._stream.send_all(encode(message))
-
-
-@asynccontextmanager
-async def _progress_task(tell: Callable[..., Any], *, quiet: bool) -> AsyncIterator[None]:
-    """Run the progress sender beside a call; an error of the call comes out as itself, not in a group."""
-    if quiet:
-        yield
-        return
-    failure: BaseException | None = None
-    async with trio.open_nursery() as nursery:
-        await nursery.start(tell)
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - carried out of the nursery and raised below
-            failure = error
-        nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise _first(failure) if isinstance(failure, BaseExceptionGroup) else failure
-
-
-def _first(group: BaseException) -> BaseException:
-    """Return the first error of ours in a group, for a caller who wants one."""
-    while isinstance(group, BaseExceptionGroup):
-        ours, _ = group.split(RafsError)
-        group = (ours or group).exceptions[0]
-    return group
-
-
-def _verify_chunks(space: DataSpace, indexes: list[int]) -> list[bool]:
-    return [space.verify(index) for index in indexes]
-
-
-def _read_chunk_map(image: CachedImage) -> ChunkMap:
-    chunk_map = image.chunk_map()
-    chunk_map.validate()
-    return chunk_map
 
 
 def _options(params: dict[str, Any]) -> RegistryOptions:

@@ -8,7 +8,7 @@ Concurrency. All state below belongs to the trio thread and changes only between
 touch only the buffers handed to them and DataSpace (which is thread-safe). Tasks: `connections` workers, owned by the nursery of
 `open_fetcher`; `demand_reserve` of them take demand only. A waiter that is cancelled leaves the flight to the others; a flight
 whose waiters have all gone is finished if it has begun, dropped if it waits. Closing the fetcher fails all flights.
-Memory: at most `buffer_bytes` of stored bytes in buffers, and the decoded chunk of each busy thread.
+Memory: at most `buffer_bytes` of stored bytes in buffers, half as much kept for use again, and the decoded chunk of each busy thread.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from ..errors import (
     UnavailableError,
 )
 from ..format.chunk_map import ChunkMap
-from ..format.codec import chunk_digest, codec_name, decode
+from ..format.codec import CODEC_RAW, chunk_digest, decode
 from ..interfaces import BlobStream, ImageStore
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
+from .buffers import BufferPool, ByteBudget
 from .plan import RangeRead, Wanted, plan_reads
 from .readahead import Readahead
 
@@ -122,7 +123,8 @@ class Fetcher:
         self._queues: tuple[deque[_Flight], deque[_Flight]] = (deque(), deque())
         self._wake: trio.Event = trio.Event()
         self._threads = trio.CapacityLimiter(settings.threads)
-        self._buffers = _Budget(settings.buffer_bytes)
+        self._buffers = ByteBudget(settings.buffer_bytes)
+        self._pool = BufferPool(settings.buffer_bytes // 2)
         self._readahead: dict[bytes, Readahead] = {}
         self._closed = False
         self.counters: Counter[str] = Counter()
@@ -367,8 +369,8 @@ class Fetcher:
                             nursery.start_soon(self._copy_after, by_index[wanted.index], read, by_index)
                             continue
                         await _skip(stream, stored.offset - position)
-                        buffer = bytearray(stored.stored_size)
-                        await stream.readinto(memoryview(buffer))
+                        buffer, view = self._pool.take(stored.stored_size)
+                        await stream.readinto(view)
                         position = stored.offset + stored.stored_size
                         nursery.start_soon(self._finish, source, by_index[wanted.index], wanted, buffer)
             except RafsError as error:
@@ -385,17 +387,20 @@ class Fetcher:
         stored = wanted.stored
 
         def work() -> None:
-            if codec_name(stored.codec) == "raw":
-                data = buffer
-                if len(data) != stored.length:
-                    raise FormatError(f"raw chunk of {len(data)} bytes, expected {stored.length}")
-            else:
-                data = bytearray(stored.length)
-                decode(stored.codec, stored.param, memoryview(buffer), memoryview(data))
-            flight.space.store(flight.index, data)
+            held = memoryview(buffer)[: stored.stored_size]
+            if stored.codec == CODEC_RAW:
+                flight.space.store(flight.index, held)
+                return
+            out, data = self._pool.take(stored.length)
+            try:
+                decode(stored.codec, stored.param, held, data)
+                flight.space.store(flight.index, data)
+            finally:
+                self._pool.give(out)
 
         try:
             await trio.to_thread.run_sync(work, limiter=self._threads)
+            self._pool.give(buffer)
         except (FormatError, IntegrityError) as error:
             flight.corrupt += 1
             self.counters["corrupt"] += 1
@@ -443,7 +448,10 @@ class Fetcher:
         """Copy a chunk from another place, verified before it is visible. Return whether it was what was needed."""
 
         def work() -> bool:
-            data = space.read(index)
+            try:
+                data = space.read(index)
+            except CacheError:  # it has just been removed
+                return False
             if chunk_digest(data) != flight.space.table.digest(flight.index):
                 return False
             flight.space.store(flight.index, data, verified=True)
@@ -497,27 +505,6 @@ class Fetcher:
         self._closed = True
         for flight in list(self._flights.values()):
             self._land(flight, DaemonError("the daemon is stopping"))
-
-
-class _Budget:
-    """Bytes that may be in buffers at once. A request larger than all of it waits until nothing else is out."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._changed = trio.Event()
-
-    @asynccontextmanager
-    async def reserve(self, size: int) -> AsyncIterator[None]:
-        while self._used and self._used + size > self._limit:
-            await self._changed.wait()
-        self._used += size
-        try:
-            yield
-        finally:
-            self._used -= size
-            self._changed.set()
-            self._changed = trio.Event()
 
 
 @asynccontextmanager
