@@ -2,8 +2,8 @@
 
 Streams are recognised by position in the data space, not by who asks: several readers of one file interleave, and a FUSE
 request says nothing of file handles. Rule: the first access of a stream fetches nothing extra, so that opening a model and
-reading one tensor costs one tensor; only when the chunk behind a stream's end is asked for does its window open, and double.
-A stream that has gone on for a while is a file being read from end to end and gets the whole window at once.
+reading one tensor costs one tensor; after that a stream is never fetched further ahead than it has come, so at most as much is
+fetched for nothing as was read.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from typing import Final
 
 _STREAMS: Final = 32
 """Streams remembered per data space."""
-_STEADY: Final = 6
-"""Chunks in a row after which a stream gets the whole window: a tensor read through a mapping stays below, since the kernel
-reads around each fault by up to a chunk on either side."""
 
 
 @dataclass(slots=True)
 class _Stream:
     ahead_to: int
     """Chunk up to which prefetch was asked for."""
-    window: int
-    """Chunks."""
     length: int
     """Chunks demanded in a row."""
 
@@ -48,15 +43,12 @@ class Readahead:
             )
             stream = self._streams.pop(inside) if inside is not None else None
         if stream is None:
-            stream = _Stream(stop, 0, stop - first)
+            stream = _Stream(stop, stop - first)
             ahead = range(0)
         else:
             stream.length += stop - first
-            wider = max(2, stream.window * 2) if stream.length < _STEADY else self._limit
-            stream.window = min(self._limit, wider)
-            target = min(self._count, stop + stream.window)
-            start = max(stop, stream.ahead_to)
-            ahead = range(start, target) if target - start >= min(stream.window // 2, 1) else range(0)
+            target = min(self._count, stop + min(self._limit, stream.length))
+            ahead = range(max(stop, stream.ahead_to), target)
             stream.ahead_to = max(stream.ahead_to, target)
         self._streams[stop] = stream
         if len(self._streams) > _STREAMS:
