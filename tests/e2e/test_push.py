@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from tests.support.registry import Registry
 from .wire import Wire, wire_to
 
 
-def has_sent(wire: Wire, enough: int) -> bool:
-    return wire.to_server > enough
+def has_sent_or_ended(build: subprocess.Popen[bytes], wire: Wire, enough: int) -> bool:
+    return wire.to_server > enough or build.poll() is not None
 
 
 def test_an_interrupted_push_resumes_and_sends_the_rest_only(node: Node, registry: Registry, model: Path) -> None:
@@ -24,7 +25,8 @@ def test_an_interrupted_push_resumes_and_sends_the_rest_only(node: Node, registr
         options = ("--space-size", "8MiB")
         build = node.start("build", model, "-t", ref, *options)
         try:
-            wait_for(partial(has_sent, wire, 85_000_000), "85 MB are sent", 60)
+            wait_for(partial(has_sent_or_ended, build, wire, 85_000_000), "85 MB are sent", 60)
+            assert build.poll() is None, "the build must be killed in the middle"
         finally:
             kill(build.pid)
             build.communicate()
@@ -52,7 +54,7 @@ def test_a_push_that_is_cut_off_ends_with_a_line_and_succeeds_when_run_again(
         ref = f"localhost:{wire.port}/e2e/model:v1"
         build = node.start("build", model, "-t", ref)
         try:
-            wait_for(lambda: wire.to_server > 20_000_000 or build.poll() is not None, "20 MB are sent", 60)
+            wait_for(partial(has_sent_or_ended, build, wire, 20_000_000), "20 MB are sent", 60)
             wire.cut()
             out, _ = build.communicate(timeout=120)
         finally:
