@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Final
 
 import trio
 
@@ -46,6 +47,11 @@ _log = logging.getLogger(__name__)
 
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
+
+
+QUIET_BYTES: Final = 6 << 20
+"""A stream shorter than this is not fetched ahead of: a tensor read through a mapping looks like one of up to 5 MiB, since the
+kernel reads around each fault and ahead of the last one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +248,8 @@ class Fetcher:
         if ahead is None:
             mean = max(1, space.size // max(1, space.table.count))
             window = max(1, self.settings.readahead_bytes // mean)
-            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window)
+            quiet = min(window // 2, QUIET_BYTES // mean)
+            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet)
         end = space.table.count if limit is None else limit
         for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1)):
             if index >= end:

@@ -2,8 +2,8 @@
 
 Streams are recognised by position in the data space, not by who asks: several readers of one file interleave, and a FUSE
 request says nothing of file handles. Rule: the first access of a stream fetches nothing extra, so that opening a model and
-reading one tensor costs one tensor; after that a stream is never fetched further ahead than it has come, so at most as much is
-fetched for nothing as was read.
+reading one tensor costs one tensor; only a stream that has come a good way is fetched ahead of, and never further than it has
+come, so at most as much is fetched for nothing as was read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ class _Stream:
 
 
 class Readahead:
-    """The streams of one data space of `count` chunks. `limit` is the largest window, in chunks."""
+    """The streams of one data space of `count` chunks.
 
-    def __init__(self, count: int, limit: int) -> None:
+    `limit` is the largest window, `quiet` how far a stream goes before anything is fetched ahead of it; both in chunks.
+    """
+
+    def __init__(self, count: int, limit: int, quiet: int) -> None:
         self._count = count
         self._limit = limit
+        self._quiet = quiet
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
     def advance(self, first: int, stop: int) -> range:
@@ -47,7 +51,8 @@ class Readahead:
             ahead = range(0)
         else:
             stream.length += stop - first
-            target = min(self._count, stop + min(self._limit, stream.length))
+            window = min(self._limit, stream.length) if stream.length > self._quiet else 0
+            target = min(self._count, stop + window)
             ahead = range(max(stop, stream.ahead_to), target)
             stream.ahead_to = max(stream.ahead_to, target)
         self._streams[stop] = stream

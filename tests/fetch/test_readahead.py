@@ -9,25 +9,25 @@ from rafsfs.fetch.readahead import Readahead
 
 
 def test_the_first_access_fetches_nothing_extra() -> None:
-    ahead = Readahead(1000, 32)
+    ahead = Readahead(1000, 32, 0)
     assert list(ahead.advance(0, 1)) == []
     assert list(ahead.advance(500, 502)) == []
 
 
 def test_a_stream_is_fetched_ahead_as_far_as_it_has_come_up_to_the_limit() -> None:
-    ahead = Readahead(10_000, 16)
+    ahead = Readahead(10_000, 16, 3)
     seen = []
     for number in range(40):
         asked = ahead.advance(number, number + 1)
         seen += list(asked)
         assert asked.stop <= number + 1 + min(16, number + 1) or not asked
     assert seen == sorted(set(seen))
-    assert seen[0] == 2
+    assert seen[0] == 4  # nothing for the first three
     assert max(seen) == 39 + 16
 
 
 def test_two_interleaved_streams_are_two_streams() -> None:
-    ahead = Readahead(10_000, 8)
+    ahead = Readahead(10_000, 8, 2)
     for number in range(10):
         low = list(ahead.advance(number, number + 1))
         high = list(ahead.advance(5000 + number, 5001 + number))
@@ -41,7 +41,7 @@ def test_two_interleaved_streams_are_two_streams() -> None:
 def test_whatever_is_asked_for_lies_ahead_inside_the_space_and_the_limit(
     demands: list[tuple[int, int]], limit: int
 ) -> None:
-    ahead = Readahead(200, limit)
+    ahead = Readahead(200, limit, 1)
     for first, count in demands:
         stop = min(200, first + count)
         asked = ahead.advance(first, stop)
