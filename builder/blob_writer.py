@@ -1,21 +1,26 @@
 """One blob on its way out: bytes come in order, are hashed, and go to the store while the blob still grows.
 
 Decided here: small blobs are asked for before they are sent; what an earlier, interrupted push has sent is skipped; a blob the
-journal knows as finished is only hashed. Memory: up to 32 MiB before an upload starts, then one part.
+journal knows as finished is only hashed. When what the journal or the store knew of a blob does not hold (other bytes, a session
+that is gone with what it held), the blob `is_stale`: the build goes on for the others and has to be made again for this one. Memory: up
+to 32 MiB before an upload starts, then one part.
 
 Concurrency: one task (`run`, owned by the builder's nursery) per blob; `put` hands data over a channel of one part, so that a slow
-upload holds the builder back. After a cancellation the upload stays resumable and the journal says where.
+upload holds the builder back. A part is hashed and copied in one thread hop, then its buffers are given back, before the store sees it.
+After a failure or cancellation the upload stays resumable and the journal says where.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from rafsfs.errors import IntegrityError
+from rafsfs.errors import IntegrityError, RafsError
 from rafsfs.interfaces import BlobUpload, ImageStore
 from rafsfs.registry.upload import UploadLostError
 from rafsfs.types import Digest
@@ -24,10 +29,11 @@ from .journal import Journal
 
 _WHOLE: Final = 32 << 20
 """A blob up to this size is kept until it is complete, and not sent if the store has it."""
+_FIRST_BUFFER: Final = 1 << 20
+_LET_GO_S: Final = 5.0
+"""How long an upload may take to be let go of when a build ends before its time."""
 
-
-class StaleJournalError(Exception):
-    """What the journal or the store knew of a blob does not hold: build again without its word."""
+Parts = list[bytes | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +52,20 @@ class BlobWriter:
         self._journal = journal
         self._key = key
         self._hash = hashlib.sha256()
-        self._kept: list[bytes | memoryview] = []
-        self._kept_bytes = 0
+        self._buffer = bytearray()
+        self._filled = 0
         self._upload: BlobUpload | None = None
+        self._resumed = False
         self._skip = 0
-        self._expected: tuple[str, int] | None = None
+        self._expected: tuple[Digest, int] | None = None
         self._noted = ""
-        self._send, self._receive = trio.open_memory_channel[list[bytes | memoryview]](1)
+        self._send, self._receive = trio.open_memory_channel[tuple[Parts, Callable[[], None]]](1)
         self.size = 0
-        """Bytes put so far: the offset of the next chunk."""
+        """Bytes reserved so far: the offset of the next chunk."""
         self.sent_bytes = 0
+        self.is_stale = False
         self.result: FinishedBlob | None = None
-        self.done = trio.Event()
+        """Set when `run` returns, unless the blob is stale."""
 
     def reserve(self, length: int) -> int:
         """Return the offset of the next `length` bytes, which the caller will put in this order."""
@@ -65,78 +73,103 @@ class BlobWriter:
         self.size += length
         return offset
 
-    async def put(self, parts: list[bytes | memoryview]) -> None:
-        """Append data. The caller does not touch it again."""
-        await self._send.send(parts)
+    async def put(self, parts: Parts, taken: Callable[[], None]) -> None:
+        """Append data. The caller leaves it alone until `taken` is called."""
+        await self._send.send((parts, taken))
 
     async def finish(self) -> None:
         """Say that nothing follows."""
         await self._send.aclose()
 
     async def run(self) -> None:
-        """Take data until `finish`, then see that the store has the blob. Raises StaleJournalError if the build must be made anew."""
+        """Take data until `finish`, then see that the store has the blob, or that the blob is stale. Raises RemoteError."""
         try:
-            await self._run()
-        except UploadLostError:
-            if self._journal is None:
-                raise
-            self._journal.forget(self._key)  # the session is gone with what it held; other blobs keep theirs
-            raise StaleJournalError from None
-
-    async def _run(self) -> None:
-        if self._journal:
-            finished = self._journal.finished(self._key)
-            if finished and await self._store.has_blob(Digest(finished[0])):
-                self._expected = finished
-        async for parts in self._receive:
-            await trio.to_thread.run_sync(self._update, parts)
-            if self._expected is None:
-                await self._take(parts)
-        digest = Digest(f"sha256:{self._hash.hexdigest()}")
-        if self._expected is not None:
-            if self._expected != (str(digest), self.size):
+            await self._take_all()
+            if not self.is_stale:
+                await self._complete(Digest(f"sha256:{self._hash.hexdigest()}"))
+            if self.is_stale:
+                await self._let_go()
                 if self._journal:
                     self._journal.forget(self._key)
-                raise StaleJournalError
-        elif self._upload is None:
-            if self.size and not await self._store.has_blob(digest):
-                await self._begin(None)
-                await self._flush()
-                await self._commit(digest)
-        else:
-            await self._commit(digest)
-        if self.size and self._journal:
-            self._journal.note_finished(self._key, str(digest), self.size)
-        self.result = FinishedBlob(digest, self.size)
-        self.done.set()
+        except BaseException:
+            await self._let_go()
+            raise
+        finally:
+            self._buffer = bytearray()
 
-    def _update(self, parts: list[bytes | memoryview]) -> None:
+    async def _take_all(self) -> None:
+        if self._journal:
+            finished = self._journal.finished(self._key)
+            if finished and await self._store.has_blob(finished[0]):
+                self._expected = finished
+        async for parts, taken in self._receive:
+            if not self.is_stale:
+                await trio.to_thread.run_sync(self._hash_and_copy, parts)
+            taken()
+            if self.is_stale:
+                continue
+            if self._upload is None and self._filled > _WHOLE:
+                await self._begin(self._journal.token(self._key) if self._journal else None)
+            if self._upload is not None:
+                await self._flush()
+
+    async def _complete(self, digest: Digest) -> None:
+        if self._expected is not None:
+            self.is_stale = self._expected != (digest, self.size)
+        elif self._upload is not None:
+            await self._commit(digest)
+        elif not await self._store.has_blob(digest):
+            await self._begin(None)
+            await self._flush()
+            await self._commit(digest)
+        if not self.is_stale:
+            if self._journal:
+                self._journal.note_finished(self._key, digest, self.size)
+            self.result = FinishedBlob(digest, self.size)
+
+    def _hash_and_copy(self, parts: Parts) -> None:
+        """Take parts into the buffer, unless they are not going to be sent. In a thread."""
         for part in parts:
             self._hash.update(part)
-
-    async def _take(self, parts: list[bytes | memoryview]) -> None:
-        self._kept += parts
-        self._kept_bytes += sum(len(part) for part in parts)
-        if self._upload is None and self._kept_bytes > _WHOLE:
-            await self._begin(self._journal.token(self._key) if self._journal else None)
-        if self._upload is not None:
-            await self._flush()
+        if self._expected is not None:
+            return
+        needed = self._filled + sum(len(part) for part in parts)
+        if needed > len(self._buffer):
+            # A new one, not a larger one: whoever still looks at the old one may do so.
+            larger = bytearray(max(needed, 2 * len(self._buffer), _FIRST_BUFFER))
+            larger[: self._filled] = memoryview(self._buffer)[: self._filled]
+            self._buffer = larger
+        for part in parts:
+            end = self._filled + len(part)
+            self._buffer[self._filled : end] = part
+            self._filled = end
 
     async def _begin(self, token: str | None) -> None:
         self._upload = await self._store.begin_upload(token)
         self._skip = self._upload.offset
+        self._resumed = token is not None and self._skip > 0
 
     async def _flush(self) -> None:
+        """Send what is buffered, but for what the store has from an earlier push."""
         assert self._upload is not None
-        for part in self._kept:
-            view = memoryview(part)
-            skipped = min(self._skip, len(view))
-            self._skip -= skipped
-            if skipped < len(view):
-                await self._upload.write(view[skipped:])
-                self.sent_bytes += len(view) - skipped
-        self._kept.clear()
-        self._kept_bytes = 0
+        skipped = min(self._skip, self._filled)
+        self._skip -= skipped
+        if skipped < self._filled:
+            try:
+                await self._upload.write(memoryview(self._buffer)[skipped : self._filled])
+            except UploadLostError:
+                if self._journal is None:
+                    raise
+                self.is_stale = True
+            else:
+                self.sent_bytes += self._filled - skipped
+        self._filled = 0
+        if len(self._buffer) > _WHOLE:
+            self._buffer = bytearray()  # it grew to hold a whole blob; parts are smaller
+        self._note_token()
+
+    def _note_token(self) -> None:
+        assert self._upload is not None
         token = self._upload.resume_token
         if self._journal and token and token != self._noted:  # once per part that the store has taken
             self._journal.note_token(self._key, token)
@@ -144,13 +177,24 @@ class BlobWriter:
 
     async def _commit(self, digest: Digest) -> None:
         assert self._upload is not None
+        if self._skip:  # the store holds more of the upload than the blob has
+            self.is_stale = True
+            return
         try:
-            if self._skip:
-                raise IntegrityError("the store holds more of the upload than the blob has")
             await self._upload.commit(digest)
+        except UploadLostError:
+            if self._journal is None:
+                raise
+            self.is_stale = True
         except IntegrityError:
-            # the resumed session held other bytes: this build's own are gone, so it is made anew from nothing
-            if self._journal and self._journal.token(self._key):
-                self._journal.forget(self._key)
-                raise StaleJournalError from None
-            raise
+            if not self._resumed:
+                raise
+            self.is_stale = True  # the session held other bytes; this build's own have left memory
+
+    async def _let_go(self) -> None:
+        """End the upload so that it can be continued, as far as the store lets us."""
+        if self._upload is None:
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LET_GO_S), suppress(RafsError):
+            await self._upload.abandon()
+            self._note_token()

@@ -19,7 +19,7 @@ import zstandard
 from rafsfs import __version__
 from rafsfs.errors import RafsError, UsageError
 from rafsfs.format.bootstrap_writer import SpaceSpec, write_bootstrap
-from rafsfs.format.chunk_map import ChunkMapBuilder
+from rafsfs.format.chunk_map import MAX_SPACES, ChunkMapBuilder
 from rafsfs.format.codec import POLICIES
 from rafsfs.format.manifest import (
     MAX_BOOTSTRAP,
@@ -37,7 +37,7 @@ from rafsfs.format.space_table import MAX_CHUNK
 from rafsfs.interfaces import ImageStore
 from rafsfs.types import Descriptor, Digest
 
-from .blob_writer import BlobWriter, StaleJournalError
+from .blob_writer import BlobWriter
 from .exclude import Exclude
 from .identical import find_identical
 from .journal import Journal
@@ -121,21 +121,25 @@ async def build_image(
     """
     options.check()
     started = time.monotonic()
-    scanned = await trio.to_thread.run_sync(scan, source, Exclude(options.exclude), options.space_bound)
-    copies = await trio.to_thread.run_sync(find_identical, scanned.files)
-    for attempt in range(3):
-        build = _Build(scanned, copies, store, options, journal if attempt < 2 else None, progress)
+    # Both only read: a thread that is still at it when the build is cancelled is left behind.
+    scanned = await trio.to_thread.run_sync(
+        scan, source, Exclude(options.exclude), options.space_bound, abandon_on_cancel=True
+    )
+    copies = await trio.to_thread.run_sync(find_identical, scanned.files, abandon_on_cancel=True)
+    # A note of the journal that turns out to be wrong costs a second pass, which starts without that note.
+    for hints in (journal, journal, None):
+        build = _Build(scanned, copies, store, options, hints, progress)
         try:
-            return await build.run(tag, ref_text, started)
+            result = await build.run(tag, ref_text, started)
         except BaseExceptionGroup as group:
-            stale, rest = group.split(StaleJournalError)
-            if stale is None or (rest is not None and rest.split(trio.Cancelled)[1] is not None):
-                raise _first_error(group) from group
-    raise AssertionError("the last attempt uses no journal, so none can be stale")
+            raise _first_error(group) from group
+        if result is not None:
+            return result
+    raise AssertionError("the last pass has no notes, so none can be wrong")
 
 
 class _Build:
-    """One attempt at one build."""
+    """One pass of one build."""
 
     def __init__(
         self,
@@ -155,12 +159,16 @@ class _Build:
         self._writers: dict[int, BlobWriter] = {}
         ranges = [file.ranges for file in scanned.files]
         self._spaces, self._extents = plan_layout(ranges, copies, options.space_bound)
+        if len(self._spaces) > MAX_SPACES:
+            raise UsageError(
+                f"the source needs {len(self._spaces)} data spaces of {options.space_bound} bytes, expected at most "
+                f"{MAX_SPACES}; choose larger ones with --space-size"
+            )
         self._total = sum(piece.length for space in self._spaces for piece in space.pieces)
         self._done = 0
-        self._signature = _signature(scanned, options, store.name) if journal else ""
 
-    async def run(self, tag: str | None, ref_text: str, started: float) -> BuildResult:
-        """Stream the blobs, then publish."""
+    async def run(self, tag: str | None, ref_text: str, started: float) -> BuildResult | None:
+        """Stream the blobs, then publish. None, and nothing published, if the journal was wrong: it has been corrected."""
         for space in self._spaces:
             self._map.add_space(space.size)
         async with trio.open_nursery() as nursery:
@@ -168,12 +176,15 @@ class _Build:
                 self._scan.files,
                 self._map,
                 lambda space: self._open_blob(space, nursery),
+                chunk_size=self._options.chunk_size,
                 codec=self._options.codec,
                 threads=self._options.threads or os.cpu_count() or 1,
                 progress=self._report,
             )
             streams = [self._chunks(number, space) for number, space in enumerate(self._spaces)]
             await pipeline.run(interleave(streams, OPEN_SPACES))
+        if any(writer.is_stale for writer in self._writers.values()):
+            return None
         blobs = self._settle_blobs()
         digest = await self._publish(tag, blobs, pipeline.totals.data_bytes)
         totals = pipeline.totals
@@ -196,7 +207,8 @@ class _Build:
 
     def _open_blob(self, space: int, nursery: trio.Nursery) -> tuple[int, BlobWriter]:
         index = self._map.reserve_blob()
-        writer = BlobWriter(self._store, self._journal, f"{self._signature}-{space}")
+        key = _journal_key(self._scan, self._spaces[space], self._options, self._store.name) if self._journal else ""
+        writer = BlobWriter(self._store, self._journal, key)
         self._writers[index] = writer
         nursery.start_soon(writer.run)
         return index, writer
@@ -243,13 +255,16 @@ class _Build:
             self._progress(self._done, self._total)
 
 
-def _signature(scanned: Scan, options: BuildOptions, store_name: str) -> str:
-    """Return a digest of all that decides the blobs of a build: files as stat sees them, options, program version."""
+def _journal_key(scanned: Scan, space: SpacePlan, options: BuildOptions, store_name: str) -> str:
+    """Return what names the blob of a data space before it is made: program version, repository, options, and the files as stat
+    sees them. Other data spaces take part in the blob only by the chunks they have in common with this one, which the digest tells.
+    """
     hasher = hashlib.sha256()
     hasher.update(repr((__version__, store_name, options.chunking, options.chunk_size, options.codec)).encode())
-    hasher.update(repr((options.space_bound, OPEN_SPACES)).encode())
-    for file in scanned.files:
-        hasher.update(repr((file.name, file.signature, file.ranges)).encode())
+    hasher.update(repr((options.space_bound, OPEN_SPACES, space.size)).encode())
+    for piece in space.pieces:
+        place = (piece.file_offset, piece.offset, piece.length)
+        hasher.update(repr((scanned.files[piece.file].signature, place)).encode())
     return hasher.hexdigest()
 
 
@@ -257,6 +272,6 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the error of ours that ended a build, or what else did."""
     found: BaseException = group
     while isinstance(found, BaseExceptionGroup):
-        ours = found.subgroup(RafsError)
+        ours = found.subgroup(RafsError) or found.subgroup(KeyboardInterrupt)
         found = (ours or found).exceptions[0]
     return found

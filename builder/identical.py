@@ -6,29 +6,30 @@ read whole ahead of time only if another one begins alike, which for weights mea
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Final
 
 from blake3 import blake3
 
-from rafsfs.errors import SourceError
-
-from .scan import SourceFile, changed, read_error, signature_of
+from .source_file import READ_AHEAD, OpenFiles, SourceFile
 
 _HEAD: Final = 64 << 10
 _BLOCK: Final = 4 << 20
 
 
 def find_identical(files: Sequence[SourceFile]) -> dict[int, int]:
-    """Return {file number: number of the first file with the same content} for every copy. Blocking; reads candidates."""
+    """Return {file number: number of the first file with the same content} for every copy.
+
+    Raises SourceError. Blocking; reads candidates and changes nothing, so a thread that runs it can be abandoned.
+    """
+    finder = _Finder(files)
     copies: dict[int, int] = {}
     for group in _groups(range(len(files)), lambda n: (files[n].size, tuple(files[n].ranges))):
-        for alike in _groups(group, lambda n: _digest(files[n], _HEAD)):
-            for same in _groups(alike, lambda n: _digest(files[n], None)):
-                for number in same[1:]:
-                    copies[number] = same[0]
+        for same in _groups(group, lambda n: finder.digest(n, _HEAD)):
+            for confirmed in finder.confirm(same):
+                for number in confirmed[1:]:
+                    copies[number] = confirmed[0]
     return copies
 
 
@@ -40,29 +41,25 @@ def _groups(numbers: Sequence[int] | range, key: Callable[[int], Hashable]) -> l
     return [group for group in found.values() if len(group) > 1]
 
 
-def _digest(file: SourceFile, limit: int | None) -> bytes:
-    """Return a digest of the stored ranges of a file, of the first `limit` bytes of each if given."""
-    hasher = blake3()
-    buffer = memoryview(bytearray(_BLOCK if limit is None else limit))
-    try:
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            for offset, length in file.ranges:
-                left = length if limit is None else min(length, limit)
-                position = offset
-                while left:
-                    got = os.preadv(descriptor, [buffer[: min(left, len(buffer))]], position)
-                    if not got:
-                        raise changed(file.path)
-                    hasher.update(buffer[:got])
-                    left -= got
-                    position += got
-            if signature_of(os.fstat(descriptor)) != file.signature:
-                raise changed(file.path)
-        finally:
-            os.close(descriptor)
-    except SourceError:
-        raise
-    except OSError as error:
-        raise read_error(file.path, error) from error
-    return hasher.digest()
+class _Finder:
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
+        self._buffer = memoryview(bytearray(_BLOCK))
+
+    def confirm(self, alike: list[int]) -> list[list[int]]:
+        """Return the groups of files of equal content among files whose ranges begin alike."""
+        if all(length <= _HEAD for _, length in self._files[alike[0]].ranges):
+            return [alike]  # the heads were everything
+        return _groups(alike, lambda n: self.digest(n, None))
+
+    def digest(self, number: int, limit: int | None) -> bytes:
+        """Return a digest of the stored ranges of a file, of the first `limit` bytes of each if given."""
+        hasher = blake3()
+        with OpenFiles(self._files, ahead=0 if limit else READ_AHEAD) as opened:
+            for offset, length in self._files[number].ranges:
+                end = offset + (length if limit is None else min(length, limit))
+                for position in range(offset, end, _BLOCK):
+                    block = self._buffer[: min(_BLOCK, end - position)]
+                    opened.read_into(number, block, position)
+                    hasher.update(block)
+        return hasher.digest()

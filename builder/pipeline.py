@@ -4,55 +4,52 @@ Decided here: batches, bounds, and that the commit order is the planned order. A
 then, for chunks not known yet, encode. Between the hops, in order, one task looks digests up: so the result depends neither on thread count
 nor on timing, and a chunk is encoded only if it is new.
 
-Memory: 2 × (threads + 2) batches of at most 8 MiB (or one chunk) in flight, each with its encoded form; plus 32 bytes per chunk known.
-Concurrency: three tasks in one nursery, joined by channels in order: `_read` starts hashing, `_look_up` decides and starts encoding,
-`_append` writes. A failure cancels the others; nothing has been named in the store by then.
+Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each with at most as
+much again in encoded form; plus 60 bytes per distinct chunk in the table of known ones. Nothing grows with the size of a file.
+
+Concurrency: three tasks in one nursery, joined by channels in order: `_read` takes a slab and starts hashing, `_look_up` decides and
+starts encoding, `_append` hands over to the blob writers. A slab is free again when every writer has copied what it was given; batches
+are handed over in the order in which they took their slabs, so taking one cannot wait for ever. A failure cancels the others; nothing has
+been named in the store by then.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import trio
 
-from rafsfs.errors import SourceError
 from rafsfs.format.chunk_map import ChunkMapBuilder
 from rafsfs.format.codec import Encoded, chunk_digest, encode
 
-from .blob_writer import BlobWriter
+from .blob_writer import BlobWriter, Parts
+from .known import KnownChunks, Place
 from .layout import ChunkPlan
-from .scan import SourceFile, changed, read_error, signature_of
+from .source_file import OpenFiles, SourceFile
 
 BATCH_BYTES: Final = 8 << 20
 """Bytes per hop to a thread: a hop costs up to 0.25 ms under load, hashing and encoding 8 MiB about 10 ms."""
 _BATCH_CHUNKS: Final = 512
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Batch:
     """Chunks that travel together."""
 
     chunks: list[tuple[ChunkPlan, bool]]
+    slab: bytearray = field(default_factory=bytearray)
     data: list[memoryview] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    known: list[int] = field(default_factory=list)
+    """Of each chunk, its number among the known ones."""
     new: list[int] = field(default_factory=list)
     encoded: dict[int, Encoded] = field(default_factory=dict)
+    holders: int = 0
+    """Blob writers that have not copied their parts yet."""
     hashed: trio.Event = field(default_factory=trio.Event)
     ready: trio.Event = field(default_factory=trio.Event)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a known chunk is stored."""
-
-    blob: int
-    offset: int
-    stored_size: int
-    codec: int
-    param: int
 
 
 @dataclass(slots=True)
@@ -65,6 +62,25 @@ class Totals:
     data_bytes: int = 0
 
 
+class _Slabs:
+    """A fixed number of buffers of one size; pages are taken from the system when they are first used."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._size = size
+        self._free: list[bytearray] = []
+        self._permits = trio.Semaphore(count)
+
+    async def take(self) -> bytearray:
+        """Return a free slab; waits for one."""
+        await self._permits.acquire()
+        return self._free.pop() if self._free else bytearray(self._size)
+
+    def give(self, slab: bytearray) -> None:
+        """Take a slab back."""
+        self._free.append(slab)
+        self._permits.release()
+
+
 class ChunkPipeline:
     """Runs the chunks of one build."""
 
@@ -74,6 +90,7 @@ class ChunkPipeline:
         chunk_map: ChunkMapBuilder,
         open_blob: Callable[[int], tuple[int, BlobWriter]],
         *,
+        chunk_size: int,
         codec: str,
         threads: int,
         progress: Callable[[int], None],
@@ -83,14 +100,16 @@ class ChunkPipeline:
         self._open_blob = open_blob
         self._codec = codec
         self._limiter = trio.CapacityLimiter(threads)
-        self._depth = threads + 2
+        self._depth = 2 * threads + 2
+        self._slabs = _Slabs(self._depth, BATCH_BYTES + chunk_size)
         self._progress = progress
         self._blobs: dict[int, tuple[int, BlobWriter]] = {}
-        self._known: dict[bytes, _Place | None] = {}
+        self._known = KnownChunks()
         self.totals = Totals()
 
     async def run(self, chunks: Iterator[tuple[ChunkPlan, bool]]) -> None:
         """Process all chunks. Raises SourceError, RemoteError."""
+        # As deep as there are slabs: those are what bounds the batches on their way.
         to_look_up, from_read = trio.open_memory_channel[_Batch](self._depth)
         to_append, from_look_up = trio.open_memory_channel[_Batch](self._depth)
         async with trio.open_nursery() as nursery:
@@ -103,7 +122,8 @@ class ChunkPipeline:
     ) -> None:
         async with onward:
             for batch in _batches(chunks):
-                await onward.send(batch)  # bounded: waits for the batch `depth` places before this one
+                batch.slab = await self._slabs.take()
+                await onward.send(batch)
                 nursery.start_soon(self._hash, batch)
 
     async def _hash(self, batch: _Batch) -> None:
@@ -116,10 +136,11 @@ class ChunkPipeline:
         async with onward:
             async for batch in incoming:
                 await batch.hashed.wait()
-                for number, digest in enumerate(batch.digests):
-                    if digest not in self._known:
-                        self._known[digest] = None
-                        batch.new.append(number)
+                for position, digest in enumerate(batch.digests):
+                    number, is_new = self._known.add(digest)
+                    batch.known.append(number)
+                    if is_new:
+                        batch.new.append(position)
                 await onward.send(batch)
                 nursery.start_soon(self._encode, batch)
 
@@ -131,108 +152,74 @@ class ChunkPipeline:
     async def _append(self, incoming: trio.MemoryReceiveChannel[_Batch]) -> None:
         async for batch in incoming:
             await batch.ready.wait()
-            parts: dict[int, list[bytes | memoryview]] = {}
-            for number, (chunk, _) in enumerate(batch.chunks):
-                place = self._place(batch, number, chunk, parts)
+            parts: dict[int, Parts] = {}
+            for position, (chunk, _) in enumerate(batch.chunks):
+                place = self._place(batch, position, chunk, parts)
                 self._chunk_map.add_chunk(
                     chunk.space,
                     chunk.offset,
                     chunk.length,
-                    batch.digests[number],
+                    batch.digests[position],
                     place.blob,
                     place.offset,
                     place.stored_size,
                     place.codec,
                     place.param,
                 )
-            for space, data in parts.items():
-                await self._blobs[space][1].put(data)
+            await self._hand_over(batch, parts)
             for chunk, last in batch.chunks:
                 if last and chunk.space in self._blobs:
-                    await self._blobs[chunk.space][1].finish()
+                    await self._blobs.pop(chunk.space)[1].finish()
             self._progress(sum(chunk.length for chunk, _ in batch.chunks))
 
-    def _place(
-        self, batch: _Batch, number: int, chunk: ChunkPlan, parts: dict[int, list[bytes | memoryview]]
-    ) -> _Place:
+    def _place(self, batch: _Batch, position: int, chunk: ChunkPlan, parts: dict[int, Parts]) -> Place:
         """Return where a chunk is stored, giving it its place if it is new."""
         totals = self.totals
         totals.data_bytes += chunk.length
-        encoded = batch.encoded.get(number)
+        encoded = batch.encoded.get(position)
         if encoded is None:
-            known = self._known[batch.digests[number]]
-            assert known is not None
             totals.reused_chunks += 1
             totals.reused_bytes += chunk.length
-            return known
+            return self._known.place(batch.known[position])
         if chunk.space not in self._blobs:
             self._blobs[chunk.space] = self._open_blob(chunk.space)
         blob, writer = self._blobs[chunk.space]
         size = len(encoded.data)
-        place = _Place(blob, writer.reserve(size), size, encoded.codec, encoded.param)
-        self._known[batch.digests[number]] = place
+        place = Place(blob, writer.reserve(size), size, encoded.codec, encoded.param)
+        self._known.set_place(batch.known[position], place)
         parts.setdefault(chunk.space, []).append(encoded.data)
         totals.new_chunks += 1
         return place
 
+    async def _hand_over(self, batch: _Batch, parts: dict[int, Parts]) -> None:
+        """Give each blob writer its parts; the slab goes back when the last of them has copied."""
+        batch.encoded = {}
+        batch.holders = len(parts)
+        if not parts:
+            self._slabs.give(batch.slab)
+
+        def taken() -> None:
+            batch.holders -= 1
+            if not batch.holders:
+                self._slabs.give(batch.slab)
+
+        for space, data in parts.items():
+            await self._blobs[space][1].put(data, taken)
+
     def _read_and_hash(self, batch: _Batch) -> None:
         """Read the chunks of a batch and hash them. In a thread."""
-        opened = -1
-        descriptor = -1
-        try:
+        view = memoryview(batch.slab)
+        with OpenFiles(self._files) as opened:
             for chunk, _ in batch.chunks:
-                file = self._files[chunk.file]
-                if chunk.file != opened:
-                    if descriptor >= 0:
-                        self._close(descriptor, self._files[opened])
-                        descriptor = -1
-                    descriptor, opened = self._open(file), chunk.file
-                data = memoryview(bytearray(chunk.length))
-                self._fill(descriptor, data, chunk, file)
+                data, view = view[: chunk.length], view[chunk.length :]
+                opened.read_into(chunk.file, data, chunk.file_offset)
                 batch.data.append(data)
                 batch.digests.append(chunk_digest(data))
-            if descriptor >= 0:
-                self._close(descriptor, self._files[opened])
-                descriptor = -1
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-
-    def _open(self, file: SourceFile) -> int:
-        try:
-            descriptor = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise read_error(file.path, error) from error
-        if signature_of(os.fstat(descriptor)) != file.signature:
-            os.close(descriptor)
-            raise changed(file.path)
-        return descriptor
-
-    def _close(self, descriptor: int, file: SourceFile) -> None:
-        """Close a file after checking that nobody has written to it meanwhile."""
-        same = signature_of(os.fstat(descriptor)) == file.signature
-        os.close(descriptor)
-        if not same:
-            raise changed(file.path)
-
-    def _fill(self, descriptor: int, data: memoryview, chunk: ChunkPlan, file: SourceFile) -> None:
-        done = 0
-        try:
-            while done < chunk.length:
-                got = os.preadv(descriptor, [data[done:]], chunk.file_offset + done)
-                if not got:
-                    raise changed(file.path)
-                done += got
-        except SourceError:
-            raise
-        except OSError as error:
-            raise read_error(file.path, error) from error
 
     def _encode_new(self, batch: _Batch) -> None:
         """Encode the chunks that nobody has seen before. In a thread."""
-        for number in batch.new:
-            batch.encoded[number] = encode(batch.data[number], self._codec)
-        batch.data = []
+        for position in batch.new:
+            batch.encoded[position] = encode(batch.data[position], self._codec)
 
 
 def _batches(chunks: Iterator[tuple[ChunkPlan, bool]]) -> Iterator[_Batch]:

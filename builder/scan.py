@@ -1,8 +1,11 @@
 """Walking the source: every file, directory and special file with all its metadata, in byte order of names.
 
 Decided here: what a source tree contains, which small files go into the bootstrap, where sparse files have data. Not here: where
-data goes (layout.py). Rules: nothing is followed (no symlink, no mount is treated specially); the order depends on names alone;
-what cannot be read is an error that names the path, never left out in silence.
+data goes (layout.py). Rules: nothing is followed (no symlink below the source; mounts are not told from directories); the order depends
+on names alone; what cannot be read is an error that names the path, never left out in silence.
+
+One directory is open at a time and its entries are named relative to it: neither the depth of a tree nor the length of its paths has
+a bound. Memory: about 1 KB per file, and the content of files that go into the bootstrap.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import os
 import stat
 from dataclasses import dataclass, field
+from typing import Final
 
 from rafsfs.errors import SourceError
 from rafsfs.format.bootstrap_writer import Node, inline_capacity
@@ -19,43 +23,14 @@ from rafsfs.format.chunk_index import plan_data_ranges
 from rafsfs.format.xattr import can_store
 
 from .exclude import Exclude
+from .source_file import SourceFile, changed, open_path, read_error, show, signature_of
 
 _log = logging.getLogger("rafsfs.builder")
 
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What tells that a file is still the one that was scanned."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-
-
-def signature_of(status: os.stat_result) -> Signature:
-    """Return the signature of a file's status."""
-    return Signature(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-@dataclass(slots=True, eq=False)
-class SourceFile:
-    """A regular file whose content goes to a data space."""
-
-    path: bytes
-    """Absolute or relative to the working directory, as it is opened."""
-    name: bytes
-    """Relative to the source, for messages and the journal."""
-    node: Node
-    signature: Signature
-    ranges: list[tuple[int, int]]
-    """(offset, length) of what is stored, sorted; the rest is holes."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file, holes included."""
-        return self.signature.size
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY
+_LONGEST: Final = 4095
+"""Bytes of a path that a system call without a directory descriptor takes."""
 
 
 @dataclass(slots=True)
@@ -73,28 +48,34 @@ class Scan:
     """Whether anything has extended attributes that are stored."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """A directory yet to be read."""
+
+    path: bytes
+    relative: bytes
+    node: Node
+    identity: tuple[int, int]
+    above: _Directory | None
+
+
 def scan(source: str | bytes, exclude: Exclude, space_bound: int) -> Scan:
-    """Walk `source`, a directory or a single regular file. Raises SourceError. Blocking."""
-    top = os.fsencode(source)
+    """Walk `source`, a directory or a single regular file; a symlink to one is followed, and keeps its own name.
+
+    Raises SourceError. Blocking; changes nothing, so a thread that runs it can be abandoned.
+    """
+    top = os.path.abspath(os.fsencode(source))
     try:
-        status = os.stat(top)
+        real = os.path.realpath(top, strict=True)
+        status = os.lstat(real)
     except OSError as error:
-        raise SourceError(f"{_show(top)}: {error.strerror}") from error
+        raise SourceError(f"{show(top)} cannot be read: {error.strerror}") from error
     walker = _Walker(exclude, space_bound)
     if stat.S_ISDIR(status.st_mode):
-        root = walker.make_node(top, status)
-        walker.result = Scan(root)
-        walker.walk(top, root)
-    elif stat.S_ISREG(status.st_mode):
-        mode = stat.S_IFDIR | 0o755
-        root = Node(mode, uid=status.st_uid, gid=status.st_gid, mtime_ns=status.st_mtime_ns)
-        walker.result = Scan(root)
-        name = os.path.basename(os.path.realpath(top))
-        root.children[name] = walker.add(os.path.realpath(top), name)
-    else:
-        raise SourceError(f"{_show(top)} is neither a directory nor a regular file")
-    walker.result.has_xattrs = walker.has_xattrs
-    return walker.result
+        return walker.walk(real, status)
+    if stat.S_ISREG(status.st_mode):
+        return walker.wrap(real, os.path.basename(top), status)
+    raise SourceError(f"{show(top)} is neither a directory nor a regular file")
 
 
 class _Walker:
@@ -102,161 +83,206 @@ class _Walker:
         self._exclude = exclude
         self._space_bound = space_bound
         self._links: dict[tuple[int, int], Node] = {}
+        self._seen: set[tuple[int, int]] = set()
         self._skipped_xattrs: set[bytes] = set()
-        self.has_xattrs = False
-        self.result = Scan(Node(stat.S_IFDIR))
+        self._sources: dict[Node, SourceFile] = {}
+        self._file_count = 0
+        self._input_bytes = 0
+        self._has_xattrs = False
 
-    def walk(self, top: bytes, root: Node) -> None:
-        """Add everything below `top`, depth first in byte order, without recursion."""
-        stack = [(top, b"", root, iter(_names(top)))]
-        while stack:
-            path, relative, node, names = stack[-1]
-            name = next(names, None)
-            if name is None:
-                stack.pop()
-                continue
-            child_path = os.path.join(path, name)
-            child_relative = relative + b"/" + name if relative else name
-            is_dir = stat.S_ISDIR(_lstat(child_path).st_mode)
-            if self._exclude.matches(child_relative, is_dir=is_dir):
-                continue
-            child = self.add(child_path, child_relative)
-            node.children[name] = child
-            if stat.S_ISDIR(child.mode):
-                stack.append((child_path, child_relative, child, iter(_names(child_path))))
+    def walk(self, top: bytes, status: os.stat_result) -> Scan:
+        """Return the tree below directory `top`."""
+        root = _node(status)
+        waiting = [_Directory(top, b"", root, (status.st_dev, status.st_ino), None)]
+        while waiting:
+            waiting += reversed(self._read(waiting.pop()))
+        return self._result(root)
 
-    def add(self, path: bytes, relative: bytes) -> Node:
-        """Return the node of one path; a further name of a file that is known is the same node."""
-        status = _lstat(path)
+    def wrap(self, path: bytes, name: bytes, status: os.stat_result) -> Scan:
+        """Return a directory with one file in it, called `name`."""
+        root = Node(stat.S_IFDIR | 0o755, uid=status.st_uid, gid=status.st_gid, mtime_ns=status.st_mtime_ns)
+        parent = open_path(os.path.dirname(path), _DIRECTORY)
+        try:
+            root.children[name] = self._entry(parent, path, os.path.basename(path), status)
+        finally:
+            os.close(parent)
+        return self._result(root)
+
+    def _result(self, root: Node) -> Scan:
+        """Return the scan, its files in the order in which a walk in byte order, depth first, meets them."""
+        result = Scan(root, file_count=self._file_count, input_bytes=self._input_bytes, has_xattrs=self._has_xattrs)
+        waiting = [root]
+        while waiting:
+            node = waiting.pop()
+            source = self._sources.pop(node, None)
+            if source is not None:
+                result.files.append(source)
+            waiting += reversed(node.children.values())  # they were added in byte order
+        return result
+
+    def _read(self, directory: _Directory) -> list[_Directory]:
+        """Add the entries of a directory to its node; return those that are directories themselves."""
+        self._refuse_loop(directory)
+        path = directory.path
+        try:
+            parent = open_path(path, _DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise read_error(path, error) from error
+        try:
+            opened = os.fstat(parent)
+            if (opened.st_dev, opened.st_ino) != directory.identity:
+                raise changed(path)
+            try:
+                directory.node.xattrs = self._xattrs(parent, path)
+                names = sorted(map(os.fsencode, os.listdir(parent)))
+            except OSError as error:
+                raise read_error(path, error) from error
+            return [
+                below for name in names if (below := self._add(parent, directory, name)) is not None
+            ]  # fmt: skip
+        finally:
+            os.close(parent)
+
+    def _add(self, parent: int, directory: _Directory, name: bytes) -> _Directory | None:
+        """Add one entry; return it if it is a directory to be read."""
+        path = os.path.join(directory.path, name)
+        relative = directory.relative + b"/" + name if directory.relative else name
+        try:
+            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            raise read_error(path, error) from error
+        is_dir = stat.S_ISDIR(status.st_mode)
+        if self._exclude.matches(relative, is_dir=is_dir):
+            return None
+        if is_dir:
+            node = directory.node.children[name] = _node(status)
+            return _Directory(path, relative, node, (status.st_dev, status.st_ino), directory)
+        directory.node.children[name] = self._entry(parent, path, name, status)
+        return None
+
+    def _entry(self, parent: int, path: bytes, name: bytes, status: os.stat_result) -> Node:
+        """Return the node of what is no directory; a further name of a file that is known is the same node."""
         key = (status.st_dev, status.st_ino)
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+        if status.st_nlink > 1:
             known = self._links.get(key)
             if known is not None:
                 return known
-        node = self.make_node(path, status)
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+        node = _node(status)
+        try:
+            node.xattrs = self._xattrs(_reachable(parent, path, name), path)
+            if stat.S_ISREG(status.st_mode):
+                self._fill_file(parent, path, name, node, status)
+            elif stat.S_ISLNK(status.st_mode):
+                node.target = os.readlink(name, dir_fd=parent)
+        except OSError as error:
+            raise read_error(path, error) from error
+        if status.st_nlink > 1:
             self._links[key] = node
-        if stat.S_ISREG(status.st_mode):
-            self._add_file(path, relative, node, status)
-        elif stat.S_ISLNK(status.st_mode):
-            try:
-                node.target = os.readlink(path)
-            except OSError as error:
-                raise _vanished(path, error) from error
         return node
 
-    def make_node(self, path: bytes, status: os.stat_result) -> Node:
-        """Return a node with the metadata of a path."""
-        xattrs = self._xattrs(path)
-        self.has_xattrs = self.has_xattrs or bool(xattrs)
-        return Node(
-            status.st_mode,
-            uid=status.st_uid,
-            gid=status.st_gid,
-            mtime_ns=status.st_mtime_ns,
-            rdev=status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0,
-            xattrs=xattrs,
-        )
-
-    def _add_file(self, path: bytes, relative: bytes, node: Node, status: os.stat_result) -> None:
-        self.result.file_count += 1
-        self.result.input_bytes += status.st_size
-        if status.st_size <= inline_capacity(node.xattrs):
-            node.inline = _read_small(path, status)
+    def _fill_file(self, parent: int, path: bytes, name: bytes, node: Node, status: os.stat_result) -> None:
+        self._file_count += 1
+        self._input_bytes += status.st_size
+        inline = status.st_size <= inline_capacity(node.xattrs)
+        if inline and not status.st_size:
+            node.inline = b""
             return
         node.size = status.st_size
         ranges = [(0, status.st_size)]
-        if status.st_blocks * 512 < status.st_size:
-            ranges = plan_data_ranges(status.st_size, _data_ranges(path, status.st_size), self._space_bound)
+        if inline or status.st_blocks * 512 < status.st_size:
+            descriptor = os.open(name, _FILE, dir_fd=parent)
+            try:
+                if inline:
+                    data = os.read(descriptor, status.st_size + 1)
+                else:
+                    found = _data_ranges(descriptor, status.st_size)
+                after = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            if signature_of(after) != signature_of(status):
+                raise changed(path)
+            if inline:
+                if len(data) != status.st_size:
+                    raise changed(path)
+                node.inline, node.size = data, 0
+                return
+            ranges = plan_data_ranges(status.st_size, found, self._space_bound)
         if ranges:
-            self.result.files.append(SourceFile(path, relative, node, signature_of(status), ranges))
+            self._sources[node] = SourceFile(path, node, signature_of(status), ranges)
 
-    def _xattrs(self, path: bytes) -> dict[bytes, bytes]:
-        found: dict[bytes, bytes] = {}
+    def _xattrs(self, target: int | bytes, path: bytes) -> dict[bytes, bytes]:
+        """Return the xattrs of an open directory or of a path. Raises OSError, SourceError."""
         try:
-            for name in os.listxattr(path, follow_symlinks=False):
-                raw = os.fsencode(name)
-                if can_store(raw):
-                    found[raw] = os.getxattr(path, name, follow_symlinks=False)
-                elif raw not in self._skipped_xattrs:
-                    self._skipped_xattrs.add(raw)
-                    _log.warning("xattr %s cannot be stored and is left out, first at %s", name, _show(path))
+            names = os.listxattr(target) if isinstance(target, int) else os.listxattr(target, follow_symlinks=False)
         except OSError as error:
-            if error.errno not in {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}:
-                raise _vanished(path, error) from error
+            if error.errno == errno.ENOTSUP:
+                return {}
+            raise
+        found: dict[bytes, bytes] = {}
+        for name in names:
+            raw = os.fsencode(name)
+            if can_store(raw):
+                try:
+                    found[raw] = (
+                        os.getxattr(target, name)
+                        if isinstance(target, int)
+                        else os.getxattr(target, name, follow_symlinks=False)
+                    )
+                except OSError as error:
+                    if error.errno == errno.ENODATA:
+                        raise changed(path) from error
+                    reason = f"xattr {name}: {error.strerror}"
+                    raise read_error(path, OSError(error.errno, reason)) from error
+            elif raw not in self._skipped_xattrs:
+                self._skipped_xattrs.add(raw)
+                _log.warning("xattr %s cannot be stored and is left out, first at %s", name, show(path))
+        self._has_xattrs = self._has_xattrs or bool(found)
         return found
 
-
-def _names(path: bytes) -> list[bytes]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError as error:
-        raise _vanished(path, error) from error
-
-
-def _lstat(path: bytes) -> os.stat_result:
-    try:
-        return os.lstat(path)
-    except OSError as error:
-        raise _vanished(path, error) from error
-
-
-def _read_small(path: bytes, status: os.stat_result) -> bytes:
-    """Return the content of a file that goes into the bootstrap, checked to be what was scanned."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            data = os.read(descriptor, status.st_size + 1)
-            after = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise _vanished(path, error) from error
-    if len(data) != status.st_size or signature_of(after) != signature_of(status):
-        raise changed(path)
-    return data
+    def _refuse_loop(self, directory: _Directory) -> None:
+        """Raise SourceError for a directory that is one of those above it, as a bind mount or a broken file system can make it."""
+        if directory.identity not in self._seen:
+            self._seen.add(directory.identity)
+            return
+        above = directory.above
+        while above is not None:
+            if above.identity == directory.identity:
+                raise SourceError(
+                    f"{show(directory.path)} is {show(above.path)} once more: the source holds itself; "
+                    "unmount it or leave it out with --exclude"
+                )
+            above = above.above
 
 
-def _data_ranges(path: bytes, size: int) -> list[tuple[int, int]]:
-    """Return where a sparse file has data, as its file system tells."""
+def _node(status: os.stat_result) -> Node:
+    """Return a node with the metadata that stat tells."""
+    return Node(
+        status.st_mode,
+        uid=status.st_uid,
+        gid=status.st_gid,
+        mtime_ns=status.st_mtime_ns,
+        rdev=status.st_rdev if stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode) else 0,
+    )
+
+
+def _reachable(parent: int, path: bytes, name: bytes) -> bytes:
+    """Return a path by which calls that take no directory descriptor reach an entry, however long its own is."""
+    return path if len(path) <= _LONGEST else b"/proc/self/fd/%d/%s" % (parent, name)
+
+
+def _data_ranges(descriptor: int, size: int) -> list[tuple[int, int]]:
+    """Return where a sparse file has data, as its file system tells. Raises OSError."""
     ranges = []
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    position = 0
+    while position < size:
         try:
-            position = 0
-            while position < size:
-                try:
-                    start = os.lseek(descriptor, position, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        break
-                    raise
-                position = os.lseek(descriptor, start, os.SEEK_HOLE)
-                ranges.append((start, position - start))
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno == errno.EINVAL:
-            return [(0, size)]
-        raise _vanished(path, error) from error
+            start = os.lseek(descriptor, position, os.SEEK_DATA)
+            position = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break  # a hole to the end
+            if error.errno in {errno.EINVAL, errno.ENOTSUP}:
+                return [(0, size)]
+            raise
+        ranges.append((start, position - start))
     return ranges
-
-
-def changed(path: bytes) -> SourceError:
-    """Return the error for a file that is not what it was when it was scanned."""
-    return SourceError(f"{_show(path)} changed while it was read; build again when nothing writes to it")
-
-
-def _vanished(path: bytes, error: OSError) -> SourceError:
-    if error.errno in {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}:
-        return SourceError(f"{_show(path)} vanished while it was read; build again when nothing changes the source")
-    return SourceError(f"{_show(path)} cannot be read: {error.strerror}")
-
-
-def read_error(path: bytes, error: OSError) -> SourceError:
-    """Return the error for a failed read of a source file."""
-    return _vanished(path, error)
-
-
-def _show(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
