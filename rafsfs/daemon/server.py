@@ -119,10 +119,8 @@ class Daemon:
             raise UsageError(f"chunks {chunks.start} to {chunks.stop} of a data space that is not here")
         counted = mount.sources if mount else None
         deadline = min(float(params["deadline_s"]), 3600.0)
-        limit = int(params.get("limit", space.table.count))
-        await self._fetcher.ensure(
-            space.space_id, chunks, deadline_s=deadline, on_behalf=counted, readahead_limit=limit
-        )
+        own = range(int(params.get("own_first", 0)), int(params.get("own_stop", space.table.count)))
+        await self._fetcher.ensure(space.space_id, chunks, deadline_s=deadline, on_behalf=counted, own=own)
         return {}
 
     async def _ready(self, params: dict[str, Any]) -> dict[str, Any]:

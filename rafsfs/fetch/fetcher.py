@@ -160,19 +160,20 @@ class Fetcher:
         priority: Priority = Priority.DEMAND,
         deadline_s: float | None = None,
         on_behalf: Counter[str] | None = None,
-        readahead_limit: int | None = None,
+        own: range | None = None,
     ) -> None:
-        """Return when all of `chunks` of a data space are present. Nothing is read ahead from chunk `readahead_limit` on.
+        """Return when all of `chunks` of a data space are present.
 
-        Raises the cause for the first that cannot be had, DeadlineError after `deadline_s` (the setting if None). `on_behalf`
-        counts the bytes obtained by where they came from, those read ahead included. Cancel-safe: other waiters keep their flights.
+        `own`: all chunks of the file that is read, so that it is read ahead and no other. `on_behalf` counts the bytes obtained by
+        where they came from, those read ahead included. Raises the cause for the first chunk that cannot be had, DeadlineError after
+        `deadline_s` (the setting if None). Cancel-safe: other waiters keep their flights.
         """
         space = self._cache.opened_space(space_id)
         if space is None:
             raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
         wanted = space.missing(chunks)
         if priority is Priority.DEMAND:
-            self._read_ahead(space, chunks, readahead_limit, on_behalf)
+            self._read_ahead(space, chunks, own, on_behalf)
         if not wanted:
             return
         flights = [self._join(space, index, priority, on_behalf) for index in wanted]
@@ -239,7 +240,7 @@ class Fetcher:
         self._wake = trio.Event()
 
     def _read_ahead(
-        self, space: DataSpace, chunks: Iterable[int], limit: int | None, on_behalf: Counter[str] | None
+        self, space: DataSpace, chunks: Iterable[int], own: range | None, on_behalf: Counter[str] | None
     ) -> None:
         numbers = list(chunks)
         if not numbers or space.complete:
@@ -250,10 +251,8 @@ class Fetcher:
             window = max(1, self.settings.readahead_bytes // mean)
             quiet = min(window // 2, QUIET_BYTES // mean)
             ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet)
-        end = space.table.count if limit is None else limit
-        for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1)):
-            if index >= end:
-                break
+        whole = own if own is not None else range(space.table.count)
+        for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1, whole)):
             if (space.space_id, index) not in self._flights and not self._closed:
                 flight = _Flight(space, index, Priority.PREFETCH, trio.Event())
                 flight.waiters = 1  # wanted by the window itself, whoever reads there

@@ -1,9 +1,9 @@
 """How far ahead of a sequential reader to fetch. Pure: demanded chunks in, chunks to prefetch out.
 
 Streams are recognised by position in the data space, not by who asks: several readers of one file interleave, and a FUSE
-request says nothing of file handles. Rule: the first access of a stream fetches nothing extra, so that opening a model and
-reading one tensor costs one tensor; only a stream that has come a good way is fetched ahead of, and never further than it has
-come, so at most as much is fetched for nothing as was read.
+request says nothing of file handles. Rules: the first access of a stream fetches nothing extra, so that opening a model and
+reading one tensor costs one tensor. A stream that began at the start of its file is fetched ahead of from its second step on, any
+other only when it has come a good way; never more than twice as far ahead as it has come, and never past its file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ class _Stream:
     """Chunk up to which prefetch was asked for."""
     length: int
     """Chunks demanded in a row."""
+    quiet: int
+    """How long it must be before anything is fetched ahead of it."""
 
 
 class Readahead:
     """The streams of one data space of `count` chunks.
 
-    `limit` is the largest window, `quiet` how far a stream goes before anything is fetched ahead of it; both in chunks.
+    `limit` is the largest window, `quiet` how far a stream that began inside a file goes before anything is fetched ahead of it;
+    both in chunks.
     """
 
     def __init__(self, count: int, limit: int, quiet: int) -> None:
@@ -36,8 +39,8 @@ class Readahead:
         self._quiet = quiet
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
-    def advance(self, first: int, stop: int) -> range:
-        """Note a demand for chunks [first, stop); return the chunks to prefetch, possibly none."""
+    def advance(self, first: int, stop: int, own: range) -> range:
+        """Note a demand for chunks [first, stop) of a file that has chunks `own`; return the chunks to prefetch, possibly none."""
         stream = self._streams.pop(first, None)
         if stream is None and stop - first > 1:
             stream = self._streams.pop(first + 1, None)  # requests that overlap by a chunk continue a stream too
@@ -47,12 +50,12 @@ class Readahead:
             )
             stream = self._streams.pop(inside) if inside is not None else None
         if stream is None:
-            stream = _Stream(stop, stop - first)
+            stream = _Stream(stop, stop - first, 0 if first <= own.start else self._quiet)
             ahead = range(0)
         else:
             stream.length += stop - first
-            window = min(self._limit, stream.length) if stream.length > self._quiet else 0
-            target = min(self._count, stop + window)
+            window = min(self._limit, 2 * stream.length) if stream.length > stream.quiet else 0
+            target = min(self._count, own.stop, stop + window)
             ahead = range(max(stop, stream.ahead_to), target)
             stream.ahead_to = max(stream.ahead_to, target)
         self._streams[stop] = stream

@@ -41,20 +41,28 @@ _FILES: Final = 4096
 _SAME_FAILURE_S: Final = 5.0
 """Failures of one inode within this time are one line in the log."""
 
-Ensure = Callable[[int, range, int], Awaitable[None]]
-"""Asks the daemon for chunks of a data space (by its number); returns when they are present. The last argument is the chunk
-behind the file's own, where reading ahead must end."""
+Ensure = Callable[[int, range, range], Awaitable[None]]
+"""Asks the daemon for chunks of a data space (by its number), of a file that has the chunks of the last argument there; returns
+when they are present."""
+
+Hint = Callable[[int, range, range], None]
+"""Tells the daemon that chunks were read which were present, so that it goes on ahead of the reader. Does not wait."""
+
+_LOOK_AHEAD: Final = 8
+"""Chunks behind a read of which one must be missing for the daemon to be told: it then has that long to fetch it."""
 
 
 class _File:
     """What reading one regular file takes."""
 
-    __slots__ = ("extents", "inline", "size")
+    __slots__ = ("extents", "hinted", "inline", "size")
 
     def __init__(self, size: int, inline: memoryview | None, extents: Sequence[Extent]) -> None:
         self.size = size
         self.inline = inline
         self.extents = extents
+        self.hinted = (-1, -1)
+        """Data space and chunk up to which the daemon was told last."""
 
 
 class ImageOperations(pyfuse3.Operations):
@@ -64,9 +72,16 @@ class ImageOperations(pyfuse3.Operations):
     supports_dot_lookup = True
 
     def __init__(
-        self, bootstrap: Bootstrap, views: Sequence[SpaceView], ensure: Ensure, *, has_xattrs: bool = True
+        self,
+        bootstrap: Bootstrap,
+        views: Sequence[SpaceView],
+        ensure: Ensure,
+        hint: Hint,
+        *,
+        has_xattrs: bool = True,
     ) -> None:
         super().__init__()
+        self._hint = hint
         self._has_xattrs = has_xattrs
         self._bootstrap = bootstrap
         self._views = views
@@ -189,17 +204,17 @@ class ImageOperations(pyfuse3.Operations):
             if file.inline is not None:
                 return bytes(file.inline[off : off + size])
             missed = False
-            for space, chunks, limit in self._missing(file, off, size):
+            for space, chunks, own in self._missing(file, off, size):
                 missed = True
-                await self._ensure(space, chunks, limit)
+                await self._ensure(space, chunks, own)
             if not missed:
                 self.cache_bytes += size
             return cast(bytes, self._fill(file, off, size))
         except (RafsError, OSError, MemoryError) as error:
             raise self._failed(error, "read", fh) from error
 
-    def _missing(self, file: _File, off: int, size: int) -> list[tuple[int, range, int]]:
-        """Return (data space, chunks, end of the file's own chunks) for what is not present of a range; [] on a hit."""
+    def _missing(self, file: _File, off: int, size: int) -> list[tuple[int, range, range]]:
+        """Return (data space, chunks, all chunks of the file there) for what is not present of a range; [] on a hit."""
         missing = []
         for extent, start, length in _parts(file.extents, off, size):
             if extent.space is None:
@@ -207,7 +222,12 @@ class ImageOperations(pyfuse3.Operations):
             view = self._views[extent.space]
             chunks = view.covering(extent.offset + start, length)
             if not view.is_present(chunks.start, chunks.stop):
-                missing.append((extent.space, chunks, view.covering(extent.offset, extent.length).stop))
+                missing.append((extent.space, chunks, view.covering(extent.offset, extent.length)))
+            elif file.hinted != (extent.space, chunks.stop) and not view.complete:
+                own = view.covering(extent.offset, extent.length)
+                if not view.is_present(chunks.stop, min(own.stop, chunks.stop + _LOOK_AHEAD)):
+                    file.hinted = (extent.space, chunks.stop)
+                    self._hint(extent.space, chunks, own)
         return missing
 
     def _fill(self, file: _File, off: int, size: int) -> memoryview:

@@ -3,7 +3,7 @@
 Serves the image by pyfuse3; hits from the node's data spaces, misses by asking the daemon over its socket. It outlives the daemon: it
 connects again when the socket comes back, and when a read waits and no daemon answers it starts one.
 
-Concurrency: pyfuse3's session loop and two tasks of ours share one trio run. `_keep_connected` owns the connection and replaces it;
+Concurrency: pyfuse3's session loop and the tasks of ours share one trio run. `_keep_connected` owns the connection and replaces it;
 `_report` tells the daemon what was served. Reads wait in `ensure` for a connection. SIGTERM ends the session loop. If the mount is
 taken away from outside, the session loop ends by itself and so does the process.
 """
@@ -17,7 +17,7 @@ import random
 import signal
 import sys
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import pyfuse3
 import trio
@@ -36,6 +36,8 @@ _log = logging.getLogger("rafsfs.fuse.worker")
 _RECONNECT_S: Final = (0.1, 1.0)
 """First and longest pause between attempts to find the daemon."""
 _REPORT_S: Final = 0.5
+_HINTS: Final = 8
+"""Hints on their way at once; the next read brings another chance."""
 _SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
 """How long after a failed read the next one of the same chunk is taken for the kernel's, which asks again within milliseconds
@@ -58,13 +60,17 @@ class Worker:
         self.views = [SpaceView(os.path.join(spaces, slot.tag.decode())) for slot in self.bootstrap.spaces]
         for view in self.views:
             view.check_complete()
-        self.operations = ImageOperations(self.bootstrap, self.views, self.ensure, has_xattrs=spec.has_xattrs)
+        self.operations = ImageOperations(
+            self.bootstrap, self.views, self.ensure, self.hint, has_xattrs=spec.has_xattrs
+        )
         self._connection: Connection | None = None
         self._changed = trio.Event()
         self._wanted = trio.Event()
         self._failed: dict[tuple[int, int], float] = {}
+        self._nursery: trio.Nursery | None = None
+        self._hints = 0
 
-    async def ensure(self, space: int, chunks: range, limit: int) -> None:
+    async def ensure(self, space: int, chunks: range, own: range) -> None:
         """Return when the chunks are present. Waits for a daemon if there is none, until the mount's deadline.
 
         Raises what the daemon says, DeadlineError after the deadline. The kernel asks for one page again when a larger read has
@@ -72,32 +78,25 @@ class Worker:
         """
         failed = self._failed.pop((space, chunks.start), -_SECOND_CHANCE_S)
         if trio.current_time() - failed < _SECOND_CHANCE_S:
-            await self._ensure(space, chunks, limit, min(_SECOND_DEADLINE_S, self.spec.deadline_s))
+            await self._ensure(space, chunks, own, min(_SECOND_DEADLINE_S, self.spec.deadline_s))
             return
         try:
-            await self._ensure(space, chunks, limit, self.spec.deadline_s)
+            await self._ensure(space, chunks, own, self.spec.deadline_s)
         except RafsError:
             if len(self._failed) > 1000:
                 self._failed.clear()
             self._failed[space, chunks.start] = trio.current_time()
             raise
 
-    async def _ensure(self, space: int, chunks: range, limit: int, deadline_s: float) -> None:
+    async def _ensure(self, space: int, chunks: range, own: range, deadline_s: float) -> None:
         view = self.views[space]
         cause: RafsError | None = None
         with trio.move_on_after(deadline_s) as scope:
             while not view.is_present(chunks.start, chunks.stop):
                 connection = await self._connected()
                 left = scope.deadline - trio.current_time()
-                parameters = {
-                    "space": view.space_id,
-                    "first": chunks.start,
-                    "stop": chunks.stop,
-                    "limit": limit,
-                    "deadline_s": max(0.1, left - 0.2),
-                }
                 try:
-                    await connection.call("ensure", parameters)
+                    await connection.call("ensure", self._parameters(space, chunks, own, max(0.1, left - 0.2)))
                 except DaemonError as error:
                     cause = error
                     await trio.sleep(0.02)  # the connection is being replaced; do not spin on the broken one
@@ -106,6 +105,29 @@ class Worker:
                 f"chunks {chunks.start} to {chunks.stop - 1} of data space {view.space_id.hex()[:16]} did not come within "
                 f"{deadline_s:g} s: {cause or 'no daemon answers'}"
             )
+
+    def hint(self, space: int, chunks: range, own: range) -> None:
+        """Tell the daemon of a hit, in a task of its own; one that cannot be told now is not told."""
+        if self._nursery is not None and self._connection is not None and self._hints < _HINTS:
+            self._hints += 1
+            self._nursery.start_soon(self._tell, self._connection, self._parameters(space, chunks, own, 1.0))
+
+    async def _tell(self, connection: Connection, parameters: dict[str, Any]) -> None:
+        try:
+            with suppress(RafsError):
+                await connection.call("ensure", parameters)
+        finally:
+            self._hints -= 1
+
+    def _parameters(self, space: int, chunks: range, own: range, deadline_s: float) -> dict[str, Any]:
+        return {
+            "space": self.views[space].space_id,
+            "first": chunks.start,
+            "stop": chunks.stop,
+            "own_first": own.start,
+            "own_stop": own.stop,
+            "deadline_s": deadline_s,
+        }
 
     async def _connected(self) -> Connection:
         while self._connection is None or self._connection.closed.is_set():
@@ -158,6 +180,7 @@ class Worker:
     async def run(self) -> None:
         """Serve until the mount is taken away or SIGTERM comes."""
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self.keep_connected)
             nursery.start_soon(self.report)
             nursery.start_soon(_end_on_signal)

@@ -47,6 +47,11 @@ class SpaceView:
             self._complete = True
         return True
 
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk was found present once."""
+        return self._complete
+
     def covering(self, offset: int, length: int) -> range:
         """Return the chunks that overlap [offset, offset+length)."""
         return self.table.covering(offset, length)

@@ -61,12 +61,16 @@ class Mounted:
         }
         specs = [SpaceSpec(table.space_id, BOUND) for table in tables]
         self.bootstrap = Bootstrap(write_bootstrap(root, specs))
-        self.operations = ImageOperations(self.bootstrap, views, self.ensure)
-        self.asked: list[tuple[int, range, int]] = []
+        self.operations = ImageOperations(self.bootstrap, views, self.ensure, self.hint)
+        self.asked: list[tuple[int, range, range]] = []
+        self.hints: list[tuple[int, range, range]] = []
         self.failure: RafsError | None = None
 
-    async def ensure(self, space: int, chunks: range, limit: int) -> None:
-        self.asked.append((space, chunks, limit))
+    def hint(self, space: int, chunks: range, own: range) -> None:
+        self.hints.append((space, chunks, own))
+
+    async def ensure(self, space: int, chunks: range, own: range) -> None:
+        self.asked.append((space, chunks, own))
         if self.failure:
             raise self.failure
         for index in chunks:
@@ -92,11 +96,22 @@ async def mounted(tmp_path: Path) -> AsyncIterator[Mounted]:
 
 async def test_a_read_asks_for_missing_chunks_once_and_counts_what_was_there(mounted: Mounted) -> None:
     assert await mounted.read(b"two-spaces", 10, 1000) == FILE[10:1010]
-    assert mounted.asked == [(0, range(1), 16)]
+    assert mounted.asked == [(0, range(1), range(16))]
     assert mounted.operations.cache_bytes == 0
     assert await mounted.read(b"two-spaces", 20, 1000) == FILE[20:1020]
     assert len(mounted.asked) == 1
     assert mounted.operations.cache_bytes == 1000
+    assert mounted.hints == [(0, range(1), range(16))]
+
+
+async def test_the_daemon_is_told_of_a_hit_once_and_only_while_something_is_missing_ahead(mounted: Mounted) -> None:
+    await mounted.read(b"two-spaces", 0, 4 * CHUNK)
+    for _ in range(3):
+        await mounted.read(b"two-spaces", CHUNK, CHUNK)
+    assert mounted.hints == [(0, range(1, 2), range(16))]
+    await mounted.read(b"two-spaces", 0, BOUND)
+    await mounted.read(b"two-spaces", 2 * CHUNK, CHUNK)
+    assert len(mounted.hints) == 1
 
 
 async def test_a_read_over_the_end_of_a_data_space_comes_from_both(mounted: Mounted) -> None:
