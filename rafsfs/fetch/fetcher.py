@@ -49,9 +49,9 @@ _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
 
-QUIET_BYTES: Final = 6 << 20
-"""A stream shorter than this is not fetched ahead of: a tensor read through a mapping looks like one of up to 5 MiB, since the
-kernel reads around each fault and ahead of the last one."""
+QUIET_BYTES: Final = 12 << 20
+"""A stream that began inside a file and is shorter than this is not fetched ahead of: a tensor of 2 MB read through a mapping
+touches up to 7 MiB, since the kernel reads around each fault and ahead of the last one."""
 
 
 @dataclass(frozen=True, slots=True)
