@@ -3,11 +3,12 @@
 Decided here: small blobs are asked for before they are sent; what an earlier, interrupted push has sent is skipped; a blob the
 journal knows as finished is only hashed. When what the journal or the store knew of a blob does not hold (other bytes, a session
 that is gone with what it held), the blob `is_stale`: the build goes on for the others and has to be made again for this one. Memory: up
-to 32 MiB before an upload starts, then one part.
+to 32 MiB before an upload starts, then two buffers of what one batch has for this blob.
 
-Concurrency: one task (`run`, owned by the builder's nursery) per blob; `put` hands data over a channel of one part, so that a slow
-upload holds the builder back. A part is hashed and copied in one thread hop, then its buffers are given back, before the store sees it.
-After a failure or cancellation the upload stays resumable and the journal says where.
+Concurrency: per blob one task (`run`, owned by the builder's nursery) that hashes and copies a part in one thread hop and gives its
+buffers back, and one that sends the part before, so that SHA-256 and the store overlap. `put` hands data over a channel of one part and
+sending has no queue: a slow upload holds the builder back. After a failure or cancellation the upload stays resumable and the
+journal says where.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class BlobWriter:
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
         self._filled = 0
+        self._spare: list[bytearray] = []
+        self._is_streaming = False
         self._upload: BlobUpload | None = None
         self._resumed = False
         self._skip = 0
@@ -84,7 +87,11 @@ class BlobWriter:
     async def run(self) -> None:
         """Take data until `finish`, then see that the store has the blob, or that the blob is stale. Raises RemoteError."""
         try:
-            await self._take_all()
+            await self._ask_journal()
+            to_send, from_hash = trio.open_memory_channel[tuple[bytearray, int]](0)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send_all, from_hash)
+                await self._take_all(to_send)
             if not self.is_stale:
                 await self._complete(Digest(f"sha256:{self._hash.hexdigest()}"))
             if self.is_stale:
@@ -95,23 +102,33 @@ class BlobWriter:
             await self._let_go()
             raise
         finally:
-            self._buffer = bytearray()
+            self._buffer, self._spare = bytearray(), []
 
-    async def _take_all(self) -> None:
+    async def _ask_journal(self) -> None:
         if self._journal:
             finished = self._journal.finished(self._key)
             if finished and await self._store.has_blob(finished[0]):
                 self._expected = finished
-        async for parts, taken in self._receive:
+
+    async def _take_all(self, onward: trio.MemorySendChannel[tuple[bytearray, int]]) -> None:
+        async with onward:
+            async for parts, taken in self._receive:
+                if not self.is_stale:
+                    await trio.to_thread.run_sync(self._hash_and_copy, parts)
+                taken()
+                self._is_streaming = self._is_streaming or self._filled > _WHOLE
+                if self._is_streaming:
+                    await onward.send((self._buffer, self._filled))
+                    self._buffer, self._filled = self._spare.pop() if self._spare else bytearray(), 0
+
+    async def _send_all(self, incoming: trio.MemoryReceiveChannel[tuple[bytearray, int]]) -> None:
+        async for buffer, filled in incoming:
             if not self.is_stale:
-                await trio.to_thread.run_sync(self._hash_and_copy, parts)
-            taken()
-            if self.is_stale:
-                continue
-            if self._upload is None and self._filled > _WHOLE:
-                await self._begin(self._journal.token(self._key) if self._journal else None)
-            if self._upload is not None:
-                await self._flush()
+                if self._upload is None:
+                    await self._begin(self._journal.token(self._key) if self._journal else None)
+                await self._write(memoryview(buffer)[:filled])
+            if len(buffer) <= _WHOLE:  # the first one grew to hold a whole blob
+                self._spare.append(buffer)
 
     async def _complete(self, digest: Digest) -> None:
         if self._expected is not None:
@@ -120,7 +137,7 @@ class BlobWriter:
             await self._commit(digest)
         elif not await self._store.has_blob(digest):
             await self._begin(None)
-            await self._flush()
+            await self._write(memoryview(self._buffer)[: self._filled])
             await self._commit(digest)
         if not self.is_stale:
             if self._journal:
@@ -149,23 +166,20 @@ class BlobWriter:
         self._skip = self._upload.offset
         self._resumed = token is not None and self._skip > 0
 
-    async def _flush(self) -> None:
-        """Send what is buffered, but for what the store has from an earlier push."""
+    async def _write(self, data: memoryview) -> None:
+        """Send data, but for what the store has from an earlier push."""
         assert self._upload is not None
-        skipped = min(self._skip, self._filled)
+        skipped = min(self._skip, len(data))
         self._skip -= skipped
-        if skipped < self._filled:
+        if skipped < len(data):
             try:
-                await self._upload.write(memoryview(self._buffer)[skipped : self._filled])
+                await self._upload.write(data[skipped:])
             except UploadLostError:
                 if self._journal is None:
                     raise
                 self.is_stale = True
-            else:
-                self.sent_bytes += self._filled - skipped
-        self._filled = 0
-        if len(self._buffer) > _WHOLE:
-            self._buffer = bytearray()  # it grew to hold a whole blob; parts are smaller
+                return
+            self.sent_bytes += len(data) - skipped
         self._note_token()
 
     def _note_token(self) -> None:
@@ -177,6 +191,8 @@ class BlobWriter:
 
     async def _commit(self, digest: Digest) -> None:
         assert self._upload is not None
+        if self.is_stale:
+            return
         if self._skip:  # the store holds more of the upload than the blob has
             self.is_stale = True
             return
