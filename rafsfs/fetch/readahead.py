@@ -57,7 +57,9 @@ class Readahead:
             window = min(self._limit, 2 * stream.length) if stream.length > stream.quiet else 0
             target = min(self._count, own.stop, stop + window)
             ahead = range(max(stop, stream.ahead_to), target)
-            stream.ahead_to = max(stream.ahead_to, target)
+            if len(ahead) < window // 2 and target < own.stop:
+                ahead = range(0)  # half a window at a time: chunks asked for together are fetched in one request
+            stream.ahead_to = max(stream.ahead_to, ahead.stop)
         self._streams[stop] = stream
         if len(self._streams) > _STREAMS:
             self._streams.popitem(last=False)
