@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import trio
@@ -18,6 +18,8 @@ import trio
 from ..errors import CacheBusyError, CacheError, DaemonError
 from .connection import Connection, open_connection, open_socket
 
+_LOG_LIMIT: Final = 16 << 20
+"""Bytes of a log that is put aside at the next start, over the one before; so a cache directory holds two at most."""
 _START_LIMIT_S: Final = 30.0
 """A daemon that re-hashes chunks after a crash answers before it does so; this covers a slow interpreter start."""
 
@@ -28,9 +30,10 @@ def daemon_argv(cache_dir: str) -> list[str]:
 
 
 def spawn_daemon(cache_dir: str, argv: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a daemon in a session of its own, its log appended to CACHE/daemon.log."""
+    """Start a daemon in a session of its own, its log appended to CACHE/daemon.log; a long log is put aside first."""
     try:
         os.makedirs(cache_dir, mode=0o700, exist_ok=True)
+        _put_long_log_aside(os.path.join(cache_dir, "daemon.log"))
         log = os.open(
             os.path.join(cache_dir, "daemon.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
         )
@@ -48,6 +51,12 @@ def spawn_daemon(cache_dir: str, argv: Sequence[str] | None = None) -> subproces
         )
     finally:
         os.close(log)
+
+
+def _put_long_log_aside(path: str) -> None:
+    with suppress(FileNotFoundError):
+        if os.path.getsize(path) > _LOG_LIMIT:
+            os.replace(path, f"{path}.1")
 
 
 async def start_daemon(cache_dir: str, argv: Sequence[str] | None = None) -> None:

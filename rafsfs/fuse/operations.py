@@ -223,7 +223,7 @@ class ImageOperations(pyfuse3.Operations):
             chunks = view.covering(extent.offset + start, length)
             if not view.is_present(chunks.start, chunks.stop):
                 missing.append((extent.space, chunks, view.covering(extent.offset, extent.length)))
-            elif file.hinted != (extent.space, chunks.stop) and not view.complete:
+            elif file.hinted != (extent.space, chunks.stop):
                 own = view.covering(extent.offset, extent.length)
                 if not view.is_present(chunks.stop, min(own.stop, chunks.stop + _LOOK_AHEAD)):
                     file.hinted = (extent.space, chunks.stop)

@@ -58,8 +58,6 @@ class Worker:
             raise CacheError(f"{path} cannot be opened: {error}") from error
         spaces = os.path.join(spec.cache_dir, "spaces")
         self.views = [SpaceView(os.path.join(spaces, slot.tag.decode())) for slot in self.bootstrap.spaces]
-        for view in self.views:
-            view.check_complete()
         self.operations = ImageOperations(
             self.bootstrap, self.views, self.ensure, self.hint, has_xattrs=spec.has_xattrs
         )

@@ -35,30 +35,14 @@ class SpaceView:
         if size != self.table.count:
             raise FormatError(f"{directory}/present is {size} bytes, expected {self.table.count}")
         self.space_id = bytes.fromhex(os.path.basename(directory))
-        self._complete = False
 
     def is_present(self, first: int, stop: int) -> bool:
-        """Tell whether chunks [first, stop) are all present."""
-        if self._complete or self._present is None or first >= stop:
-            return True
-        if self._present.find(b"\0", first, stop) >= 0:
-            return False
-        if first == 0 and stop == self.table.count:
-            self._complete = True
-        return True
-
-    @property
-    def complete(self) -> bool:
-        """Whether every chunk was found present once."""
-        return self._complete
+        """Tell whether chunks [first, stop) are all present now: the daemon unmarks one that it finds damaged."""
+        return self._present is None or first >= stop or self._present.find(b"\0", first, stop) < 0
 
     def covering(self, offset: int, length: int) -> range:
         """Return the chunks that overlap [offset, offset+length)."""
         return self.table.covering(offset, length)
-
-    def check_complete(self) -> bool:
-        """Look whether every chunk is present, once and for all: nothing that is mounted is evicted."""
-        return self.is_present(0, self.table.count)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from byte `offset` of the space. Raises CacheError. The caller has checked presence."""

@@ -270,3 +270,17 @@ def test_opening_twice_gives_one_object(tmp_path: Path, table: SpaceTable) -> No
     first: DataSpace = cache.open_space(table)
     assert cache.open_space(make_table(6)) is first is cache.opened_space(table.space_id)
     cache.close()
+
+
+def test_a_view_stops_serving_a_chunk_that_is_found_damaged(directory: str) -> None:
+    space, _ = open_space_directory(directory)
+    for number in range(6):
+        space.store(number, chunk(number))
+    view = SpaceView(directory)
+    assert view.is_present(0, 6)
+    with open(os.path.join(directory, "data"), "r+b") as file:
+        file.write(b"rot")
+    assert not space.verify(0)
+    assert not view.is_present(0, 1)
+    view.close()
+    space.close()
