@@ -19,7 +19,8 @@ import zstandard
 from rafsfs import __version__
 from rafsfs.errors import RafsError, UsageError
 from rafsfs.format.bootstrap_writer import SpaceSpec, write_bootstrap
-from rafsfs.format.chunk_map import MAX_SPACES, ChunkMapBuilder
+from rafsfs.format.chunk_map import MAX_SPACES
+from rafsfs.format.chunk_map_builder import ChunkMapBuilder
 from rafsfs.format.codec import POLICIES
 from rafsfs.format.manifest import (
     MAX_BOOTSTRAP,

@@ -21,7 +21,7 @@ from typing import Final
 
 import trio
 
-from rafsfs.format.chunk_map import ChunkMapBuilder
+from rafsfs.format.chunk_map_builder import ChunkMapBuilder
 from rafsfs.format.codec import Encoded, chunk_digest, encode
 
 from .blob_writer import BlobWriter, Parts

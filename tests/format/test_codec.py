@@ -19,23 +19,28 @@ from rafsfs.errors import FormatError, UnsupportedError, UsageError
 from rafsfs.format.codec import (
     CODEC_RAW,
     CODEC_SPLIT_ZSTD,
+    CODEC_XOR,
     CODEC_ZSTD,
+    DELTA_SHARE,
+    WIDTH_OPAQUE,
     Encoded,
     codec_id,
     codec_name,
     decode,
     encode,
+    encode_delta,
 )
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "chunks"
 GUARD = b"\xa5" * 64
 
 
-def decode_guarded(codec: int, param: int, stored: bytes | memoryview, size: int) -> bytes:
+def decode_guarded(codec: int, param: int, stored: bytes | memoryview, size: int, base: bytes | None = None) -> bytes:
     """Decode between guard bytes, which must be as they were whatever happens."""
     buffer = bytearray(GUARD + bytes(size) + GUARD)
+    held = None if base is None else memoryview(base)
     try:
-        decode(codec, param, memoryview(stored), memoryview(buffer)[64 : 64 + size])
+        decode(codec, param, memoryview(stored), memoryview(buffer)[64 : 64 + size], held)
     finally:
         assert buffer[:64] == GUARD == buffer[-64:]
     return bytes(buffer[64 : 64 + size])
@@ -49,7 +54,9 @@ def round_trip(data: bytes, policy: str, width: int = 0) -> Encoded:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(min_size=1, max_size=5000), st.sampled_from(["auto", "raw", "zstd"]), st.sampled_from([0, 2, 4, 8]))
+@given(
+    st.binary(min_size=1, max_size=5000), st.sampled_from(["auto", "raw", "zstd"]), st.sampled_from([-1, 0, 1, 2, 4, 8])
+)
 def test_round_trip(data: bytes, policy: str, width: int) -> None:
     round_trip(data, policy, width)
 
@@ -91,6 +98,60 @@ def test_random_bytes_are_stored_raw_and_text_is_not() -> None:
     assert round_trip(b"the quick brown fox\n" * 5000, "raw").codec == CODEC_RAW
 
 
+def bf16(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
+    return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+
+
+def test_a_fine_tune_is_stored_as_its_difference() -> None:
+    values = np.frombuffer(weights()[: 4 << 20], dtype="<f4")
+    tuned = values + np.random.default_rng(1).normal(0, 4e-4, len(values)).astype(np.float32)
+    base, data = bf16(values), bf16(tuned)
+    alone = encode(memoryview(data), "auto", 2)
+    encoded = encode_delta(memoryview(data), memoryview(base), 2, alone)
+    assert (encoded.codec, encoded.param) == (CODEC_XOR, 2)
+    assert len(encoded.data) <= 0.6 * len(alone.data)
+    assert decode_guarded(CODEC_XOR, 2, encoded.data, len(data), base) == data
+
+
+def test_a_difference_that_does_not_pay_is_not_taken() -> None:
+    values = weights()
+    data, other = values[: 1 << 20], values[5 << 20 : 6 << 20]
+    alone = encode(memoryview(data), "auto", 4)
+    assert encode_delta(memoryview(data), memoryview(other), 4, alone) is alone
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(min_size=1, max_size=3000), st.data())
+def test_differences_round_trip(base: bytes, data: st.DataObject) -> None:
+    chunk = bytearray(base)
+    for _ in range(data.draw(st.integers(0, 5))):
+        chunk[data.draw(st.integers(0, len(base) - 1))] ^= data.draw(st.integers(0, 255))
+    width = data.draw(st.sampled_from([-1, 0, 1, 2, 4, 8]))
+    alone = encode(memoryview(chunk), "raw")
+    encoded = encode_delta(memoryview(chunk), memoryview(base), width, alone)
+    if encoded.codec == CODEC_XOR:
+        assert len(encoded.data) <= DELTA_SHARE * len(chunk)
+    assert decode_guarded(encoded.codec, encoded.param, encoded.data, len(chunk), base) == chunk
+
+
+@pytest.mark.parametrize("base", [None, b"", b"1234567", b"123456789"])
+def test_a_difference_without_its_base_is_refused(base: bytes | None) -> None:
+    stored = struct.pack("<I", 8 | 1 << 31) + b"abcdefgh"
+    assert decode_guarded(CODEC_XOR, 1, stored, 8, bytes(8)) == b"abcdefgh"
+    with pytest.raises(FormatError):
+        decode_guarded(CODEC_XOR, 1, stored, 8, base)
+    with pytest.raises(FormatError):
+        decode_guarded(CODEC_XOR, 3, stored, 8, bytes(8))
+
+
+def test_opaque_content_is_stored_raw_and_bytes_by_their_frequency() -> None:
+    data = np.random.default_rng(3).normal(0, 20, 1 << 20).astype(np.int8).tobytes()
+    assert round_trip(data, "auto", WIDTH_OPAQUE).codec == CODEC_RAW
+    encoded = round_trip(data, "auto", 1)
+    assert encoded.codec == CODEC_ZSTD
+    assert len(encoded.data) < 0.86 * len(data)
+
+
 def test_a_small_saving_is_not_taken() -> None:
     data = random.Random(2).randbytes(98_000) + bytes(2_000)
     assert round_trip(data, "zstd").codec == CODEC_RAW
@@ -104,7 +165,7 @@ def test_the_same_bytes_are_stored_the_same_whatever_the_thread() -> None:
 
 
 def test_names() -> None:
-    assert [codec_id(codec_name(number)) for number in (0, 1, 2)] == [0, 1, 2]
+    assert [codec_id(codec_name(number)) for number in (0, 1, 2, 3)] == [0, 1, 2, 3]
     with pytest.raises(UnsupportedError):
         codec_name(99)
     with pytest.raises(UsageError):
@@ -162,11 +223,14 @@ def test_planes_that_lie_are_refused(width: int, stored: bytes) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from([CODEC_ZSTD, CODEC_SPLIT_ZSTD]), st.integers(0, 255), st.binary(max_size=300), st.integers(1, 300)
+    st.sampled_from([CODEC_ZSTD, CODEC_SPLIT_ZSTD, CODEC_XOR]),
+    st.integers(0, 255),
+    st.binary(max_size=300),
+    st.integers(1, 300),
 )
 def test_any_bytes_give_the_size_or_a_format_error(codec: int, param: int, stored: bytes, size: int) -> None:
     with contextlib.suppress(FormatError):
-        assert len(decode_guarded(codec, param, stored, size)) == size
+        assert len(decode_guarded(codec, param, stored, size, bytes(size))) == size
 
 
 @settings(max_examples=150, deadline=None)
