@@ -10,7 +10,7 @@ from rafsfs import logs
 from rafsfs.daemon.launch import connect
 from rafsfs.daemon.server import DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError
-from rafsfs.fetch.fetcher import FetchSettings
+from rafsfs.fetch.source import FetchSettings
 
 from .options import SizeType, cache_dir_option, option
 from .process import wait_ended

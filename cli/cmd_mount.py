@@ -106,7 +106,7 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
         return
     # Here, not above: `rafs mount` without --foreground must be quick, and needs none of the daemon.
     from rafsfs.daemon.server import DaemonSettings, run_daemon  # noqa: PLC0415
-    from rafsfs.fetch.fetcher import FetchSettings  # noqa: PLC0415
+    from rafsfs.fetch.source import FetchSettings  # noqa: PLC0415
 
     logs.configure()
     failure: list[RafsError] = []

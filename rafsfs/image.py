@@ -116,7 +116,10 @@ def check_agreement(manifest: ImageManifest, bootstrap: Bootstrap, chunk_map: Ch
 
 
 class ImageReader:
-    """Reads files of an image straight from its store, every chunk verified. One chunk of memory per read."""
+    """Reads files of an image straight from its store, every chunk verified.
+
+    Memory per read: a chunk, with the chunks that it is a difference to.
+    """
 
     def __init__(self, store: ImageStore, image: Image) -> None:
         self._store = store
@@ -135,8 +138,9 @@ class ImageReader:
             except UnavailableError:
                 if attempt + 1 == _ATTEMPTS:
                     raise
+        base = None if stored.base is None else await self.read_chunk(*stored.base)
         try:
-            return await trio.to_thread.run_sync(decode_chunk, stored, buffer)
+            return await trio.to_thread.run_sync(decode_chunk, stored, buffer, base)
         except (FormatError, IntegrityError) as error:
             raise type(error)(f"chunk {index} of data space {space} in blob {blob.digest}: {error}") from error
 
@@ -172,10 +176,11 @@ class ImageReader:
             raise FormatError(f"no chunk holds byte {position} of data space {space}")
 
 
-def decode_chunk(stored: StoredChunk, buffer: bytes | bytearray) -> bytes:
-    """Decode stored bytes and check the digest of what comes out. Blocking, CPU only."""
+def decode_chunk(stored: StoredChunk, buffer: bytes | bytearray, base: bytes | None = None) -> bytes:
+    """Decode stored bytes, against the bytes of the base if there is one, and check the digest of what comes out. Blocking, CPU only."""
     out = bytearray(stored.length)
-    decode(stored.codec, stored.param, memoryview(buffer), memoryview(out))
+    held = None if base is None else memoryview(base)
+    decode(stored.codec, stored.param, memoryview(buffer), memoryview(out), held)
     if chunk_digest(out) != stored.digest:
         raise IntegrityError(f"{stored.length} bytes ({codec_name(stored.codec)}) do not match their digest")
     return bytes(out)

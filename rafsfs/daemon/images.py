@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import trio
 
 from ..errors import UnavailableError
-from ..fetch.fetcher import Fetcher, Source
+from ..fetch.fetcher import Fetcher
+from ..fetch.source import Source
 from ..format.chunk_map import ChunkMap
 from ..image import load_image
 from ..interfaces import ImageStore
@@ -113,7 +114,7 @@ class OpenImages:
     def present_bytes(self, source: Source) -> int:
         """Return the bytes of a source's data spaces that are on this node."""
         total = 0
-        for space_id in source.spaces:
+        for space_id in source.own:
             space = self._cache.opened_space(space_id)
             total += space.present_bytes if space else 0
         return total

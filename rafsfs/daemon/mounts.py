@@ -21,7 +21,7 @@ from typing import Any, Final
 import trio
 
 from ..errors import FuseError, MountError, RafsError
-from ..fetch.fetcher import Source
+from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, set_read_ahead, unmount
 from ..fuse.spec import MountSpec, process_start
 

@@ -37,7 +37,8 @@ from ..errors import (
     RafsError,
     UsageError,
 )
-from ..fetch.fetcher import Fetcher, FetchSettings, open_fetcher
+from ..fetch.fetcher import Fetcher, open_fetcher
+from ..fetch.source import FetchSettings
 from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount
 from ..fuse.spec import MountSpec, load_specs
 from ..registry.reference import parse_reference

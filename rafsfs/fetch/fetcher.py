@@ -2,25 +2,24 @@
 
 A chunk that is wanted goes through these steps: single-flight table → queue (demand before prefetch) → copy from another data
 space that has the same digest → ranged read of a blob, merged with its neighbours → decode, digest, pwrite, mark, in one hop to a
-thread → waiters woken.
+thread → waiters woken. A chunk stored as a difference whose base is not here is parked before the ranged read: its base flies like any
+chunk, and the landing puts it back in its queue. Workers never wait for a base, and chains are bounded, so nothing can lock up.
 
 Concurrency. All state below belongs to the trio thread and changes only between checkpoints, so it needs no locks; threads
 touch only the buffers handed to them and DataSpace (which is thread-safe). Tasks: `connections` workers, owned by the nursery of
 `open_fetcher`; `demand_reserve` of them take demand only. A waiter that is cancelled leaves the flight to the others; a flight
 whose waiters have all gone is finished if it has begun, dropped if it waits. Closing the fetcher fails all flights.
-Memory: at most `buffer_bytes` of stored bytes in buffers, half as much kept for use again, and the decoded chunk of each busy thread.
+Memory: at most `buffer_bytes` of stored bytes in buffers, half as much kept for use again, and the decoded chunk of each busy thread,
+with its base if it has one.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Final
 
 import trio
 
@@ -34,88 +33,21 @@ from ..errors import (
     RemoteError,
     UnavailableError,
 )
-from ..format.chunk_map import ChunkMap
+from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
 from ..interfaces import BlobStream, ImageStore
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
 from .plan import RangeRead, Wanted, plan_reads
+from .queue import Flight, FlightQueue, Priority, of_batch
 from .readahead import Readahead
+from .source import QUIET_BYTES, FetchSettings, Source
 
 _log = logging.getLogger(__name__)
 
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
-
-
-QUIET_BYTES: Final = 12 << 20
-"""A stream that began inside a file and is shorter than this is not fetched ahead of: a tensor of 2 MB read through a mapping
-touches up to 7 MiB, since the kernel reads around each fault and ahead of the last one."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchSettings:
-    """Bounds of the pipeline."""
-
-    deadline_s: float = 60.0
-    """A waiter gets an error after this long."""
-    connections: int = 8
-    """Ranged reads at once: enough to fill a 10 Gbit/s link at 5 ms with 8 MiB reads."""
-    demand_reserve: int = 2
-    """Of these, never used by prefetch."""
-    merge_bytes: int = 8 << 20
-    """Longest merged read: a request costs a registry 2 to 5 ms of CPU; at 1 GB/s, 8 ms pass before the next decision."""
-    buffer_bytes: int = 64 << 20
-    """Stored bytes in memory at once."""
-    readahead_bytes: int = 32 << 20
-    """Largest window ahead of a sequential reader."""
-    threads: int = 4
-    """Threads that decode, hash and write."""
-
-
-class Priority(IntEnum):
-    """Who waits."""
-
-    DEMAND = 0
-    PREFETCH = 1
-
-
-@dataclass(slots=True, eq=False)
-class Source:
-    """Where the chunks of an image can be had: its chunk map and its store."""
-
-    name: str
-    chunk_map: ChunkMap
-    store: ImageStore
-    spaces: dict[bytes, int]
-    """Space id → number in the chunk map."""
-    bytes_by_origin: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One chunk on its way."""
-
-    space: DataSpace
-    index: int
-    priority: Priority
-    done: trio.Event
-    waiters: int = 0
-    started: bool = False
-    error: RafsError | None = None
-    origin: str = ""
-    """Where the bytes came from, once they have: "origin" or "local"."""
-    cause: RafsError | None = None
-    """Why the last attempt failed, for whoever gives up first."""
-    sponsor: Counter[str] | None = None
-    """Whose figures the bytes go into: who asked first."""
-    corrupt: int = 0
-    """How often what came did not match its digest."""
-
-    @property
-    def key(self) -> tuple[bytes, int]:
-        return self.space.space_id, self.index
 
 
 class Fetcher:
@@ -125,25 +57,24 @@ class Fetcher:
         self._cache = cache
         self.settings = settings
         self._sources: list[Source] = []
-        self._flights: dict[tuple[bytes, int], _Flight] = {}
-        self._queues: tuple[deque[_Flight], deque[_Flight]] = (deque(), deque())
-        self._wake: trio.Event = trio.Event()
+        self._queue = FlightQueue()
         self._threads = trio.CapacityLimiter(settings.threads)
         self._buffers = ByteBudget(settings.buffer_bytes)
         self._pool = BufferPool(settings.buffer_bytes // 2)
         self._readahead: dict[bytes, Readahead] = {}
-        self._closed = False
         self.counters: Counter[str] = Counter()
         self._noted: dict[str, float] = {}
 
     def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
         """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
         spaces: dict[bytes, int] = {}
-        for space in chunk_map.spaces:
+        for space in chunk_map.all_spaces:
             table = chunk_map.table(space.index)
             self._cache.open_space(table)
-            spaces[table.space_id] = space.index
-        source = Source(name, chunk_map, store, spaces)
+            spaces.setdefault(table.space_id, space.index)
+        source = Source(
+            name, chunk_map, store, spaces, tuple(chunk_map.table(s.index).space_id for s in chunk_map.spaces)
+        )
         self._sources.append(source)
         return source
 
@@ -176,7 +107,7 @@ class Fetcher:
             self._read_ahead(space, chunks, own, on_behalf)
         if not wanted:
             return
-        flights = [self._join(space, index, priority, on_behalf) for index in wanted]
+        flights = [self._queue.join(space, index, priority, on_behalf) for index in wanted]
         limit = self.settings.deadline_s if deadline_s is None else deadline_s
         try:
             with trio.move_on_after(limit) as scope:
@@ -194,7 +125,7 @@ class Fetcher:
     async def prefetch_all(self, source: Source, *, on_behalf: Counter[str] | None = None) -> None:
         """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises."""
         window = max(self.settings.readahead_bytes * 2, 1)
-        for space_id in source.spaces:
+        for space_id in source.own:
             space = self._cache.opened_space(space_id)
             if space is None:
                 continue
@@ -212,33 +143,6 @@ class Fetcher:
         finally:
             limiter.release()
 
-    def _join(self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None) -> _Flight:
-        """Return the flight of a chunk with one more waiter; no checkpoint."""
-        flight = self._flights.get((space.space_id, index))
-        if flight is None:
-            if self._closed:
-                raise DaemonError("the daemon is stopping")
-            flight = _Flight(space, index, priority, trio.Event())
-            self._flights[flight.key] = flight
-            self._enqueue(flight)
-        elif priority < flight.priority:
-            flight.priority = priority
-            if not flight.started:
-                self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
-                self._notify()
-        flight.waiters += 1
-        if flight.sponsor is None:
-            flight.sponsor = on_behalf
-        return flight
-
-    def _enqueue(self, flight: _Flight) -> None:
-        self._queues[flight.priority].append(flight)
-        self._notify()
-
-    def _notify(self) -> None:
-        self._wake.set()
-        self._wake = trio.Event()
-
     def _read_ahead(
         self, space: DataSpace, chunks: Iterable[int], own: range | None, on_behalf: Counter[str] | None
     ) -> None:
@@ -253,73 +157,36 @@ class Fetcher:
             ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet)
         whole = own if own is not None else range(space.table.count)
         for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1, whole)):
-            if (space.space_id, index) not in self._flights and not self._closed:
-                flight = _Flight(space, index, Priority.PREFETCH, trio.Event())
-                flight.waiters = 1  # wanted by the window itself, whoever reads there
-                flight.sponsor = on_behalf
-                self._flights[flight.key] = flight
-                self._enqueue(flight)
+            self._queue.start(space, index, on_behalf)
 
     async def run_worker(self, *, demand_only: bool) -> None:
         """Take flights and fly them, for ever."""
         while True:
-            wake = self._wake
-            batch = self._take(demand_only=demand_only)
+            wake = self._queue.wake
+            batch = self._queue.take(self.settings.merge_bytes, demand_only=demand_only)
             if not batch:
                 await wake.wait()
                 continue
             try:
                 await self._fly(batch)
             except RafsError as error:
-                for flight in batch:
+                for flight in of_batch(batch):
                     self._land(flight, error)
             except Exception:  # noqa: BLE001 - boundary of a batch: our own fault fails it alone, not every mount
                 _log.exception(
                     "fetch met a fault: space=%s chunk=%d", batch[0].space.space_id.hex()[:16], batch[0].index
                 )
             finally:
-                for flight in batch:
-                    if not flight.done.is_set():
-                        self._land(flight, DaemonError("the fetch was given up"))
+                for flight in of_batch(batch):
+                    self._land(flight, DaemonError("the fetch was given up"))
 
-    def _take(self, *, demand_only: bool) -> list[_Flight]:
-        """Take the next flight and its queued neighbours, up to one merged read."""
-        first: _Flight | None = None
-        for queue in self._queues[: 1 if demand_only else 2]:
-            while queue and first is None:
-                candidate = queue.popleft()
-                if candidate.started:
-                    continue
-                if not candidate.waiters:
-                    self._flights.pop(candidate.key, None)
-                    candidate.error = DaemonError("nobody waits for the chunk any more")
-                    candidate.done.set()
-                    continue
-                first = candidate
-        if first is None:
-            return []
-        first.started = True
-        batch, size = [first], first.space.table.extent(first.index)[1]
-        index = first.index + 1
-        while size < self.settings.merge_bytes:
-            following = self._flights.get((first.space.space_id, index))
-            if following is None or following.started or not following.waiters:
-                break
-            if demand_only and following.priority is not Priority.DEMAND:
-                break
-            following.started = True
-            batch.append(following)
-            size += following.space.table.extent(index)[1]
-            index += 1
-        return batch
-
-    async def _fly(self, batch: list[_Flight]) -> None:
+    async def _fly(self, batch: list[Flight]) -> None:
         waiting = await self._copy_local(batch)
         attempt = 0
         started = trio.current_time()
         while waiting:
             cause = await self._try_sources(waiting)
-            waiting = [flight for flight in waiting if not flight.done.is_set()]
+            waiting = [flight for flight in of_batch(batch) if flight in waiting]
             if not waiting:
                 return
             for flight in list(waiting):
@@ -341,19 +208,19 @@ class Fetcher:
             await trio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
 
-    async def _try_sources(self, flights: list[_Flight]) -> RafsError:
+    async def _try_sources(self, flights: list[Flight]) -> RafsError:
         """Try every source for the flights that have not landed; return the last cause of failure."""
         cause: RafsError = UnavailableError("no source offers the data space")
         for source in list(self._sources):
-            left = [flight for flight in flights if not flight.done.is_set()]
+            left = [flight for flight in flights if not flight.done.is_set() and flight.base is None]
             if not left:
                 break
             number = source.spaces.get(left[0].space.space_id)
             if number is None:
                 continue
-            by_index = {flight.index: flight for flight in left}
             try:
-                wanted = [Wanted(index, source.chunk_map.stored(number, index)) for index in by_index]
+                wanted = self._plan(source, number, left)
+                by_index = {item.index: next(f for f in left if f.index == item.index) for item in wanted}
                 for read in plan_reads(wanted, self.settings.merge_bytes):
                     failure = await self._read(source, read, by_index)
                     cause = failure or cause
@@ -361,7 +228,36 @@ class Fetcher:
                 cause = error
         return cause
 
-    async def _read(self, source: Source, read: RangeRead, by_index: dict[int, _Flight]) -> RafsError | None:
+    def _plan(self, source: Source, number: int, flights: list[Flight]) -> list[Wanted]:
+        """Return what can be read now; park what needs a base that is not here. No checkpoint."""
+        wanted = []
+        for flight in flights:
+            if not source.chunk_map.is_stored(number, flight.index):
+                continue
+            stored = source.chunk_map.stored(number, flight.index)
+            if stored.base is not None:
+                space, index = self._base_of(source, stored)
+                if not space.is_present(index):
+                    self._park(flight, space, index)
+                    continue
+            wanted.append(Wanted(flight.index, stored))
+        return wanted
+
+    def _park(self, flight: Flight, space: DataSpace, index: int) -> None:
+        """Take a flight out of its batch until chunk `index` of `space` has landed."""
+        base = self._queue.join(space, index, flight.priority, flight.sponsor)
+        self._queue.park(flight, base)
+
+    def _base_of(self, source: Source, stored: StoredChunk) -> tuple[DataSpace, int]:
+        """Return where the base of a chunk is, or will be. Raises CacheError."""
+        assert stored.base is not None
+        space_id = source.chunk_map.table(stored.base[0]).space_id
+        space = self._cache.opened_space(space_id)
+        if space is None:
+            raise CacheError(f"data space {space_id.hex()[:16]} of a base is not in this cache")
+        return space, stored.base[1]
+
+    async def _read(self, source: Source, read: RangeRead, by_index: dict[int, Flight]) -> RafsError | None:
         """Do one ranged read; each chunk lands as soon as its bytes are here. Return the failure, if any."""
         blob = source.chunk_map.blobs[read.blob].digest
         failure: RafsError | None = None
@@ -388,7 +284,7 @@ class Fetcher:
                 flight.error = None
         return failure
 
-    async def _finish(self, source: Source, flight: _Flight, wanted: Wanted, buffer: bytearray) -> None:
+    async def _finish(self, source: Source, flight: Flight, wanted: Wanted, buffer: bytearray) -> None:
         """Decode, verify, write and mark one chunk in a thread. A failure is left in flight.error for `_read`."""
         stored = wanted.stored
 
@@ -399,14 +295,19 @@ class Fetcher:
                 return
             out, data = self._pool.take(stored.length)
             try:
-                decode(stored.codec, stored.param, held, data)
-                flight.space.store(flight.index, data)
+                if stored.base is None:
+                    decode(stored.codec, stored.param, held, data)
+                    flight.space.store(flight.index, data)
+                else:
+                    self._store_difference(source, flight, stored, held, data)
             finally:
                 self._pool.give(out)
 
         try:
             await trio.to_thread.run_sync(work, limiter=self._threads)
             self._pool.give(buffer)
+        except UnavailableError as error:
+            flight.error = error
         except (FormatError, IntegrityError) as error:
             flight.corrupt += 1
             self.counters["corrupt"] += 1
@@ -421,7 +322,22 @@ class Fetcher:
             source.bytes_by_origin["origin"] += stored.length
             self._land(flight, None)
 
-    async def _copy_after(self, flight: _Flight, read: RangeRead, by_index: dict[int, _Flight]) -> None:
+    def _store_difference(
+        self, source: Source, flight: Flight, stored: StoredChunk, held: memoryview, data: memoryview
+    ) -> None:
+        """Decode against the base, verify, write, mark. In a thread. If the outcome is wrong, it may be the base that has rotted."""
+        space, index = self._base_of(source, stored)
+        try:
+            decode(stored.codec, stored.param, held, data, memoryview(space.read(index)))
+            flight.space.store(flight.index, data)
+        except (FormatError, IntegrityError):
+            if not space.verify(index):
+                raise UnavailableError(
+                    f"chunk {index} of data space {space.space_id.hex()[:16]}, the base, was damaged on this node"
+                ) from None
+            raise
+
+    async def _copy_after(self, flight: Flight, read: RangeRead, by_index: dict[int, Flight]) -> None:
         """Serve a chunk whose bytes equal those of another chunk of the same read, once that one has landed."""
         digest = flight.space.table.digest(flight.index)
         for wanted in read.chunks:
@@ -432,7 +348,7 @@ class Fetcher:
                     self._land(flight, None)
                 return
 
-    async def _copy_local(self, batch: list[_Flight]) -> list[_Flight]:
+    async def _copy_local(self, batch: list[Flight]) -> list[Flight]:
         """Serve what another data space of this node has; return the rest."""
         rest = []
         for flight in batch:
@@ -450,7 +366,7 @@ class Fetcher:
             rest.append(flight)
         return rest
 
-    async def _copy(self, flight: _Flight, space: DataSpace, index: int) -> bool:
+    async def _copy(self, flight: Flight, space: DataSpace, index: int) -> bool:
         """Copy a chunk from another place, verified before it is visible. Return whether it was what was needed."""
 
         def work() -> bool:
@@ -468,27 +384,32 @@ class Fetcher:
             return True
         return False
 
-    def _land(self, flight: _Flight, error: RafsError | None) -> None:
+    def _land(self, flight: Flight, error: RafsError | None) -> None:
         """End a flight; no checkpoint."""
         if flight.done.is_set():
             return
         flight.error = error
-        self._flights.pop(flight.key, None)
+        self._queue.remove(flight)
         self.counters["failed" if error else "landed"] += 1
         if error is None and flight.sponsor is not None:
             flight.sponsor[flight.origin] += flight.space.table.extent(flight.index)[1]
         flight.done.set()
         if error is not None and not isinstance(error, DaemonError):
             self._note([flight], error)
+        for waiting in flight.parked:
+            if error is not None:
+                self._land(waiting, error)
+            else:
+                self._queue.unpark(waiting)
 
-    def _late(self, flights: list[_Flight], limit: float) -> DeadlineError:
+    def _late(self, flights: list[Flight], limit: float) -> DeadlineError:
         late = next((flight for flight in flights if not flight.done.is_set()), flights[0])
         cause = f": {late.cause}" if late.cause else ""
         return DeadlineError(
             f"chunk {late.index} of data space {late.space.space_id.hex()[:16]} did not come within {limit:g} s{cause}"
         )
 
-    def _note(self, flights: list[_Flight], cause: RafsError) -> None:
+    def _note(self, flights: list[Flight], cause: RafsError) -> None:
         """Log a failed attempt for who debugs, at most once a second for the same cause. Who gives up a read logs that."""
         text = str(cause)
         now = trio.current_time()
@@ -508,8 +429,7 @@ class Fetcher:
 
     def close(self) -> None:
         """Fail everything that waits; called when the workers have been cancelled."""
-        self._closed = True
-        for flight in list(self._flights.values()):
+        for flight in self._queue.close():
             self._land(flight, DaemonError("the daemon is stopping"))
 
 

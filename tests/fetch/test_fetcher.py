@@ -15,7 +15,9 @@ import trio.testing
 
 from builder.build import BuildOptions, build_image
 from rafsfs.errors import DaemonError, DeadlineError, IntegrityError, UnavailableError
-from rafsfs.fetch.fetcher import Fetcher, FetchSettings, Priority, Source, open_fetcher
+from rafsfs.fetch.fetcher import Fetcher, open_fetcher
+from rafsfs.fetch.queue import Priority
+from rafsfs.fetch.source import FetchSettings, Source
 from rafsfs.image import Image, load_image
 from rafsfs.interfaces import BlobStream
 from rafsfs.registry.oci_layout import OciLayout

@@ -1,0 +1,172 @@
+"""The chunks on their way and the order in which they are taken: one flight per chunk, demand before prefetch.
+
+Concurrency: all state belongs to the trio thread and changes only between checkpoints; no method has one. A flight is queued, flown in the
+batch of one worker, or parked for its base, never two of these.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import trio
+
+from ..errors import DaemonError, RafsError
+from ..store.data_space import DataSpace
+
+
+class Priority(IntEnum):
+    """Who waits."""
+
+    DEMAND = 0
+    PREFETCH = 1
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """One chunk on its way."""
+
+    space: DataSpace
+    index: int
+    priority: Priority
+    done: trio.Event
+    waiters: int = 0
+    started: bool = False
+    error: RafsError | None = None
+    origin: str = ""
+    """Where the bytes came from, once they have: "origin" or "local"."""
+    cause: RafsError | None = None
+    """Why the last attempt failed, for whoever gives up first."""
+    sponsor: Counter[str] | None = None
+    """Whose figures the bytes go into: who asked first."""
+    corrupt: int = 0
+    """How often what came did not match its digest."""
+    batch: list[Flight] | None = None
+    """The batch that a worker flies it in; None while it is queued or parked."""
+    base: Flight | None = None
+    """What it is parked for."""
+    parked: list[Flight] = field(default_factory=list)
+    """Those that need this one as their base."""
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        return self.space.space_id, self.index
+
+
+class FlightQueue:
+    """The single-flight table and its two queues."""
+
+    def __init__(self) -> None:
+        self._flights: dict[tuple[bytes, int], Flight] = {}
+        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._closed = False
+        self.wake: trio.Event = trio.Event()
+        """Set, and replaced, whenever something is queued."""
+
+    def find(self, space: DataSpace, index: int) -> Flight | None:
+        """Return the flight of a chunk, if there is one."""
+        return self._flights.get((space.space_id, index))
+
+    def join(self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None) -> Flight:
+        """Return the flight of a chunk with one more waiter; no checkpoint."""
+        flight = self._flights.get((space.space_id, index))
+        if flight is None:
+            if self._closed:
+                raise DaemonError("the daemon is stopping")
+            flight = Flight(space, index, priority, trio.Event())
+            self._flights[flight.key] = flight
+            self.enqueue(flight)
+        elif priority < flight.priority:
+            self._hasten(flight, priority)
+        flight.waiters += 1
+        if flight.sponsor is None:
+            flight.sponsor = on_behalf
+        return flight
+
+    def start(self, space: DataSpace, index: int, sponsor: Counter[str] | None) -> None:
+        """Start a flight that nobody waits for, unless the chunk has one."""
+        if self.find(space, index) is None and not self._closed:
+            flight = Flight(space, index, Priority.PREFETCH, trio.Event())
+            flight.waiters = 1  # wanted by the window itself, whoever reads there
+            flight.sponsor = sponsor
+            self._flights[flight.key] = flight
+            self.enqueue(flight)
+
+    def park(self, flight: Flight, base: Flight) -> None:
+        """Take a flight out of its batch until `base`, which has one more waiter for it, has landed."""
+        flight.batch = None
+        flight.base = base
+        base.parked.append(flight)
+
+    def unpark(self, flight: Flight) -> None:
+        """Queue a flight whose base has landed."""
+        flight.base = None
+        flight.started = False
+        self.enqueue(flight)
+
+    def remove(self, flight: Flight) -> None:
+        """Forget a flight that has ended."""
+        self._flights.pop(flight.key, None)
+
+    def close(self) -> list[Flight]:
+        """Take no more; return all that are left."""
+        self._closed = True
+        return list(self._flights.values())
+
+    def _hasten(self, flight: Flight, priority: Priority) -> None:
+        """Put a flight, or what it is parked for, in a better queue."""
+        flight.priority = priority
+        if flight.base is not None:
+            if priority < flight.base.priority:
+                self._hasten(flight.base, priority)
+        elif not flight.started:
+            self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
+            self._notify()
+
+    def enqueue(self, flight: Flight) -> None:
+        """Queue a flight behind those of its priority."""
+        self._queues[flight.priority].append(flight)
+        self._notify()
+
+    def _notify(self) -> None:
+        self.wake.set()
+        self.wake = trio.Event()
+
+    def take(self, merge_bytes: int, *, demand_only: bool) -> list[Flight]:
+        """Take the next flight and its queued neighbours, up to one merged read."""
+        first: Flight | None = None
+        for queue in self._queues[: 1 if demand_only else 2]:
+            while queue and first is None:
+                candidate = queue.popleft()
+                if candidate.started or candidate.done.is_set():
+                    continue
+                if not candidate.waiters:
+                    self._flights.pop(candidate.key, None)
+                    candidate.error = DaemonError("nobody waits for the chunk any more")
+                    candidate.done.set()
+                    continue
+                first = candidate
+        if first is None:
+            return []
+        first.started = True
+        batch, size = [first], first.space.table.extent(first.index)[1]
+        index = first.index + 1
+        while size < merge_bytes:
+            following = self._flights.get((first.space.space_id, index))
+            if following is None or following.started or not following.waiters:
+                break
+            if demand_only and following.priority is not Priority.DEMAND:
+                break
+            following.started = True
+            batch.append(following)
+            size += following.space.table.extent(index)[1]
+            index += 1
+        for flight in batch:
+            flight.batch = batch
+        return batch
+
+
+def of_batch(batch: list[Flight]) -> list[Flight]:
+    """Return the flights of a batch that are still flown in it: neither landed nor parked."""
+    return [flight for flight in batch if flight.batch is batch and not flight.done.is_set()]
