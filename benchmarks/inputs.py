@@ -13,7 +13,7 @@ from typing import Final
 
 from rafsfs.format.bootstrap_writer import Node, SpaceSpec, write_bootstrap
 from rafsfs.format.chunk_index import Extent
-from rafsfs.format.chunk_map import ChunkMapBuilder
+from rafsfs.format.chunk_map_builder import ChunkMapBuilder
 from rafsfs.format.codec import CODEC_RAW, chunk_digest
 from rafsfs.types import Digest
 from tests.support.models import cast_file, make_model, published_model

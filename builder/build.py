@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import trio
 import zstandard
 
 from rafsfs import __version__
 from rafsfs.errors import RafsError, UsageError
 from rafsfs.format.bootstrap_writer import SpaceSpec, write_bootstrap
-from rafsfs.format.chunk_map import MAX_SPACES
+from rafsfs.format.chunk_map import MAX_SPACES, ChunkMap
 from rafsfs.format.chunk_map_builder import ChunkMapBuilder
-from rafsfs.format.codec import POLICIES
+from rafsfs.format.codec import CODEC_XOR, POLICIES
 from rafsfs.format.manifest import (
+    FEATURE_DELTA,
+    FROM,
     MAX_BOOTSTRAP,
     MEDIA_TYPE_BLOB,
     MEDIA_TYPE_BOOTSTRAP,
@@ -38,12 +41,16 @@ from rafsfs.format.space_table import MAX_CHUNK
 from rafsfs.interfaces import ImageStore
 from rafsfs.types import Descriptor, Digest
 
+from .base_image import BaseImage
 from .blob_writer import BlobWriter
+from .cutting import CHUNKINGS, FileCutter
+from .dictionary import ChunkDictionary
 from .exclude import Exclude
 from .identical import find_identical
 from .journal import Journal
-from .layout import ChunkPlan, SpacePlan, chunks_of_space, interleave, plan_layout
-from .pipeline import ChunkPipeline
+from .layout import SpacePlan, chunks_of_space, interleave, plan_layout
+from .pipeline import ChunkPipeline, Totals
+from .reuse import DICTIONARY, Earlier, Reuse
 from .scan import Scan, scan
 
 OPEN_SPACES: Final = 4
@@ -57,7 +64,8 @@ Progress = Callable[[int, int], None]
 class BuildOptions:
     """How to build. All but `threads` decide the digests."""
 
-    chunking: str = "fixed"
+    chunking: str = "auto"
+    """How files are cut: one of CHUNKINGS."""
     chunk_size: int = 1 << 20
     """Bytes, a power of two, 64 KiB to 16 MiB."""
     codec: str = "auto"
@@ -69,8 +77,8 @@ class BuildOptions:
 
     def check(self) -> None:
         """Raise UsageError for options out of range."""
-        if self.chunking != "fixed":
-            raise UsageError(f"chunking {self.chunking!r} is not in this version, expected fixed")
+        if self.chunking not in CHUNKINGS:
+            raise UsageError(f"chunking {self.chunking!r} is unknown, expected one of {', '.join(CHUNKINGS)}")
         if self.codec not in POLICIES:
             raise UsageError(f"codec {self.codec!r} is unknown, expected one of {', '.join(POLICIES)}")
         if self.chunk_size & (self.chunk_size - 1) or not _MIN_CHUNK <= self.chunk_size <= MAX_CHUNK:
@@ -94,13 +102,27 @@ class BuildResult:
     data_bytes: int
     """Bytes in data spaces: what is left after small files went into the bootstrap, holes and identical files away."""
     stored_bytes: int
-    """Bytes of this image's blobs."""
+    """Bytes of the blobs that this build made."""
     new_chunks: int
     """Chunks stored."""
     reused_chunks: int
-    """Chunks whose bytes were stored already."""
+    """Chunks whose bytes were stored already, in this image or an earlier one."""
     reused_bytes: int
     """Their bytes before encoding."""
+    reused_from: dict[str, int]
+    """Of these, bytes found in earlier images, by the name of the image."""
+    delta_chunks: int
+    """Of the new ones, those stored as differences to the base."""
+    delta_bytes: int
+    """Their bytes before encoding."""
+    delta_stored_bytes: int
+    """Their stored bytes."""
+    alone_bytes: int
+    """What they would have taken without the base."""
+    base_bytes: int
+    """Stored bytes of the bases that a node needs besides this image, if it has none of them."""
+    cut_bytes: dict[str, int]
+    """Bytes of files by the way they were cut."""
     seconds: float
     sent_bytes: int
     """Bytes of blobs that went to the store in this run: less than stored_bytes when it had some already."""
@@ -114,9 +136,12 @@ async def build_image(
     *,
     progress: Progress | None = None,
     journal: Journal | None = None,
+    earlier: Earlier | None = None,
+    base: BaseImage | None = None,
     ref_text: str = "",
 ) -> BuildResult:
-    """Build `source` into `store`, under `tag` if given. Raises SourceError, RemoteError, FormatError, UsageError.
+    """Build `source` into `store`, under `tag` if given. `earlier`: what chunks are taken over from; `base`: what weights are stored as
+    differences to where that pays. Raises SourceError, RemoteError, FormatError, UsageError.
 
     Cancelled or failed, nothing is visible under the tag; a registry keeps what was uploaded for the next run.
     """
@@ -129,7 +154,7 @@ async def build_image(
     copies = await trio.to_thread.run_sync(find_identical, scanned.files, abandon_on_cancel=True)
     # A note of the journal that turns out to be wrong costs a second pass, which starts without that note.
     for hints in (journal, journal, None):
-        build = _Build(scanned, copies, store, options, hints, progress)
+        build = _Build(scanned, copies, store, options, hints, progress, earlier or Earlier(), base)
         try:
             result = await build.run(tag, ref_text, started)
         except BaseExceptionGroup as group:
@@ -150,13 +175,18 @@ class _Build:
         options: BuildOptions,
         journal: Journal | None,
         progress: Progress | None,
+        earlier: Earlier,
+        base: BaseImage | None,
     ) -> None:
         self._scan = scanned
         self._store = store
         self._options = options
         self._journal = journal
         self._progress = progress
+        self._earlier = earlier
+        self._base = base
         self._map = ChunkMapBuilder()
+        self._reuse = Reuse(earlier, store, self._map)
         self._writers: dict[int, BlobWriter] = {}
         ranges = [file.ranges for file in scanned.files]
         self._spaces, self._extents = plan_layout(ranges, copies, options.space_bound)
@@ -172,39 +202,54 @@ class _Build:
         """Stream the blobs, then publish. None, and nothing published, if the journal was wrong: it has been corrected."""
         for space in self._spaces:
             self._map.add_space(space.size)
-        async with trio.open_nursery() as nursery:
-            pipeline = ChunkPipeline(
-                self._scan.files,
-                self._map,
-                lambda space: self._open_blob(space, nursery),
-                chunk_size=self._options.chunk_size,
-                codec=self._options.codec,
-                threads=self._options.threads or os.cpu_count() or 1,
-                progress=self._report,
-            )
-            streams = [self._chunks(number, space) for number, space in enumerate(self._spaces)]
-            await pipeline.run(interleave(streams, OPEN_SPACES))
+        with FileCutter(self._scan, self._options.chunking, self._options.chunk_size) as cutter:
+            await trio.to_thread.run_sync(cutter.prepare)
+            totals = await self._stream(cutter)
         if any(writer.is_stale for writer in self._writers.values()):
             return None
-        blobs = self._settle_blobs()
-        digest = await self._publish(tag, blobs, pipeline.totals.data_bytes)
-        totals = pipeline.totals
+        self._settle_blobs()
+        digest, sizes = await self._publish(tag, totals.data_bytes)
+        if self._earlier.dictionary is not None:
+            await trio.to_thread.run_sync(self._note_chunks, self._earlier.dictionary)
         return BuildResult(
             ref=ref_text,
             digest=str(digest.digest),
             files=self._scan.file_count,
             input_bytes=self._scan.input_bytes,
             data_bytes=totals.data_bytes,
-            stored_bytes=sum(blob.size for blob in blobs),
+            stored_bytes=sizes,
             new_chunks=totals.new_chunks,
             reused_chunks=totals.reused_chunks,
             reused_bytes=totals.reused_bytes,
+            reused_from=dict(self._reuse.bytes_by_source),
+            delta_chunks=totals.delta_chunks,
+            delta_bytes=totals.delta_bytes,
+            delta_stored_bytes=totals.delta_stored_bytes,
+            alone_bytes=totals.alone_bytes,
+            base_bytes=self._reuse.base_bytes,
+            cut_bytes=dict(cutter.kinds),
             seconds=round(time.monotonic() - started, 3),
             sent_bytes=sum(writer.sent_bytes for writer in self._writers.values()),
         )
 
-    def _chunks(self, number: int, space: SpacePlan) -> Iterator[ChunkPlan]:
-        return chunks_of_space(number, space, self._options.chunk_size)
+    async def _stream(self, cutter: FileCutter) -> Totals:
+        """Fill the blobs."""
+        async with trio.open_nursery() as nursery:
+            pipeline = ChunkPipeline(
+                self._scan.files,
+                self._map,
+                lambda space: self._open_blob(space, nursery),
+                self._reuse,
+                base=self._base,
+                paths=lambda number: self._scan.relative(self._scan.files[number]),
+                chunk_size=self._options.chunk_size,
+                codec=self._options.codec,
+                threads=self._options.threads or os.cpu_count() or 1,
+                progress=self._report,
+            )
+            streams = [chunks_of_space(number, space, cutter.cutter) for number, space in enumerate(self._spaces)]
+            await pipeline.run(interleave(streams, OPEN_SPACES))
+        return pipeline.totals
 
     def _open_blob(self, space: int, nursery: trio.Nursery) -> tuple[int, BlobWriter]:
         index = self._map.reserve_blob()
@@ -214,34 +259,66 @@ class _Build:
         nursery.start_soon(writer.run)
         return index, writer
 
-    def _settle_blobs(self) -> list[Descriptor]:
-        """Enter the finished blobs in the chunk map; return them in the order in which it lists them, each once."""
-        found: dict[Digest, Descriptor] = {}
+    def _settle_blobs(self) -> None:
+        """Enter the finished blobs in the chunk map."""
         for index, writer in sorted(self._writers.items()):
             assert writer.result is not None
             self._map.set_blob(index, writer.result.digest, writer.result.size)
-            found[writer.result.digest] = Descriptor(MEDIA_TYPE_BLOB, writer.result.digest, writer.result.size)
-        return list(found.values())
 
-    async def _publish(self, tag: str | None, blobs: list[Descriptor], data_bytes: int) -> Descriptor:
+    async def _publish(self, tag: str | None, data_bytes: int) -> tuple[Descriptor, int]:
+        """Publish chunk map, bootstrap, config and manifest; return the image and the bytes of the blobs made for it."""
         chunk_map, bootstrap = await trio.to_thread.run_sync(self._metadata)
         if len(bootstrap) > MAX_BOOTSTRAP:
             raise UsageError(f"the bootstrap has {len(bootstrap)} bytes, at most {MAX_BOOTSTRAP}: split the image")
         stored = await trio.to_thread.run_sync(zstandard.ZstdCompressor(level=3).compress, bootstrap)
-        config = ImageConfig(self._scan.file_count, data_bytes, sum(blob.size for blob in blobs)).encode()
-        bootstrap_digest = await self._store.put_blob(stored)
-        map_digest = await self._store.put_blob(chunk_map)
-        config_digest = await self._store.put_blob(config)
-        manifest = encode_manifest(
-            config=Descriptor(MEDIA_TYPE_CONFIG, config_digest, len(config)),
-            bootstrap=Descriptor(
-                MEDIA_TYPE_BOOTSTRAP, bootstrap_digest, len(stored), {UNCOMPRESSED_SIZE: str(len(bootstrap))}
-            ),
-            chunk_map=Descriptor(MEDIA_TYPE_CHUNK_MAP, map_digest, len(chunk_map)),
-            blobs=blobs,
-            annotations={} if self._scan.has_xattrs else {XATTRS: "none"},
-        )
-        return await self._store.put_manifest(manifest, MEDIA_TYPE_MANIFEST, tag=tag)
+        own = {writer.result.digest: writer.result.size for writer in self._writers.values() if writer.result}
+        blobs = [
+            Descriptor(MEDIA_TYPE_BLOB, blob.digest, blob.size, {} if blob.digest in own else self._origin(blob.digest))
+            for blob in self._map.blobs()
+        ]
+        config = ImageConfig(
+            self._scan.file_count, data_bytes, sum(blob.size for blob in blobs), self._requires(chunk_map)
+        ).encode()
+        layers = (stored, chunk_map, config)
+        manifest = self._unchanged([Digest.of(part) for part in layers])
+        if manifest is None:
+            bootstrap_digest, map_digest, config_digest = [await self._store.put_blob(part) for part in layers]
+            manifest = encode_manifest(
+                config=Descriptor(MEDIA_TYPE_CONFIG, config_digest, len(config)),
+                bootstrap=Descriptor(
+                    MEDIA_TYPE_BOOTSTRAP, bootstrap_digest, len(stored), {UNCOMPRESSED_SIZE: str(len(bootstrap))}
+                ),
+                chunk_map=Descriptor(MEDIA_TYPE_CHUNK_MAP, map_digest, len(chunk_map)),
+                blobs=blobs,
+                annotations={} if self._scan.has_xattrs else {XATTRS: "none"},
+            )
+        published = await self._store.put_manifest(manifest, MEDIA_TYPE_MANIFEST, tag=tag)
+        return published, sum(own.values())
+
+    def _requires(self, chunk_map: bytes) -> tuple[str, ...]:
+        """Return the features that a reader must know."""
+        return (FEATURE_DELTA,) if ChunkMap(chunk_map).delta_count else ()
+
+    def _origin(self, blob: Digest) -> dict[str, str]:
+        source = self._reuse.sources.get(blob, "")
+        return {FROM: source} if source and source != DICTIONARY else {}
+
+    def _unchanged(self, parts: list[Digest]) -> bytes | None:
+        """Return the manifest of an earlier image of this repository that has the same parts: then there is nothing to store."""
+        for earlier in self._earlier.images:
+            manifest = earlier.image.manifest
+            found = [manifest.bootstrap.digest, manifest.chunk_map.digest, manifest.config.digest]
+            if found == parts and earlier.store.name == self._store.name:
+                return earlier.image.manifest_bytes
+        return None
+
+    def _note_chunks(self, dictionary: ChunkDictionary) -> None:
+        """Enter the chunks of the blobs made for this image in the dictionary of this machine."""
+        chunk_map = ChunkMap(self._map.to_bytes())
+        own = {writer.result.digest for writer in self._writers.values() if writer.result}
+        for number, blob in enumerate(chunk_map.blobs):
+            if blob.digest in own:
+                dictionary.note_blob(blob.digest, blob.size, self._store.name, _chunks_in(chunk_map, number))
 
     def _metadata(self) -> tuple[bytes, bytes]:
         """Return chunk map and bootstrap. CPU only."""
@@ -254,6 +331,23 @@ class _Build:
         self._done += done
         if self._progress:
             self._progress(self._done, self._total)
+
+
+def _chunks_in(chunk_map: ChunkMap, blob: int) -> Iterator[tuple[bytes, int, int, int, int]]:
+    """Yield (digest, offset, stored size, codec, parameter) of the chunks in one blob that need no base."""
+    storage = chunk_map.storage()
+    for space in chunk_map.spaces:
+        mine = storage[space.first : space.first + space.count]
+        table = chunk_map.table(space.index)
+        for index in np.flatnonzero((mine["blob"] == blob) & (mine["codec"] != CODEC_XOR)).tolist():
+            record = mine[index]
+            yield (
+                table.digest(index),
+                int(record["offset"]),
+                int(record["size"]),
+                int(record["codec"]),
+                int(record["param"]),
+            )
 
 
 def _journal_key(scanned: Scan, space: SpacePlan, options: BuildOptions, store_name: str) -> str:

@@ -1,4 +1,5 @@
-"""The chunks that a build has met, by digest, and where each is stored. In memory, about 60 bytes per distinct chunk.
+"""The chunks that a build has met, by digest, and where each is stored. In memory, about 60 bytes per distinct chunk, 200 more for
+one stored as a difference.
 
 Decided here: the table, and nothing about order: callers add in the order that decides which of two equal chunks is the new one. A
 dict of objects would take 200 bytes per chunk: 3 GB for a TiB in chunks of 64 KiB.
@@ -25,6 +26,8 @@ class Place:
     stored_size: int
     codec: int
     param: int
+    base: tuple[int, int] | None = None
+    """(data space, chunk) that it is a difference to."""
 
 
 class KnownChunks:
@@ -34,6 +37,7 @@ class KnownChunks:
         self._records = bytearray()
         self._slots = array("I", bytes(4 * _FIRST_SLOTS))  # number + 1; 0: free
         self._count = 0
+        self._bases: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -62,11 +66,13 @@ class KnownChunks:
             place.codec,
             place.param,
         )
+        if place.base is not None:
+            self._bases[number] = place.base
 
     def place(self, number: int) -> Place:
         """Return what `set_place` was told."""
         offset, stored_size, blob, codec, param = _PLACE.unpack_from(self._records, number * _RECORD + 32)
-        return Place(blob, offset, stored_size, codec, param)
+        return Place(blob, offset, stored_size, codec, param, self._bases.get(number))
 
     def _find(self, digest: bytes) -> tuple[int, int | None]:
         """Return (slot, number) of a digest; (free slot, None) if it is not known."""

@@ -7,11 +7,15 @@ those that follow. So a file has one extent per data space it runs through, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rafsfs.format.chunk_index import Extent
+from rafsfs.format.codec import WIDTH_UNKNOWN
 from rafsfs.types import BLOCK_SIZE, align_up
+
+from .cut import Cutter
+from .weights.tensor import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,10 @@ class ChunkPlan:
     file: int
     file_offset: int
     length: int
+    width: int = WIDTH_UNKNOWN
+    """Element width for the encoder."""
+    tensor: Tensor | None = None
+    """The tensor that it is cut from, the first one of several."""
 
 
 def plan_layout(
@@ -84,12 +92,12 @@ def _fits(space: SpacePlan, length: int, bound: int) -> bool:
     return not space.used or space.size + length <= bound
 
 
-def chunks_of_space(number: int, space: SpacePlan, chunk_size: int) -> Iterator[ChunkPlan]:
-    """Yield the chunks of a data space in order: each piece cut at multiples of `chunk_size` from its own start."""
+def chunks_of_space(number: int, space: SpacePlan, cutter: Callable[[int], Cutter]) -> Iterator[ChunkPlan]:
+    """Yield the chunks of a data space in order: each piece as the cutter of its file cuts it."""
     for piece in space.pieces:
-        for start in range(0, piece.length, chunk_size):
-            length = min(chunk_size, piece.length - start)
-            yield ChunkPlan(number, piece.offset + start, piece.file, piece.file_offset + start, length)
+        shift = piece.offset - piece.file_offset
+        for cut in cutter(piece.file)(piece.file_offset, piece.file_offset + piece.length):
+            yield ChunkPlan(number, cut.offset + shift, piece.file, cut.offset, cut.length, cut.width, cut.tensor)
 
 
 def interleave(streams: Sequence[Iterator[ChunkPlan]], width: int) -> Iterator[tuple[ChunkPlan, bool]]:

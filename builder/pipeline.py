@@ -5,7 +5,8 @@ then, for chunks not known yet, encode. Between the hops, in order, one task loo
 nor on timing, and a chunk is encoded only if it is new.
 
 Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each with at most as
-much again in encoded form; plus 60 bytes per distinct chunk in the table of known ones. Nothing grows with the size of a file.
+much again in encoded form, and with a base image as much again for its chunks; plus 60 bytes per distinct chunk in the table of known
+ones. Nothing grows with the size of a file.
 
 Concurrency: three tasks in one nursery, joined by channels in order: `_read` takes a slab and starts hashing, `_look_up` decides and
 starts encoding, `_append` hands over to the blob writers. A slab is free again when every writer has copied what it was given; batches
@@ -22,16 +23,20 @@ from typing import Final
 import trio
 
 from rafsfs.format.chunk_map_builder import ChunkMapBuilder
-from rafsfs.format.codec import Encoded, chunk_digest, encode
+from rafsfs.format.codec import CODEC_XOR, Encoded, chunk_digest, encode, encode_delta
 
+from .base_image import BaseImage
 from .blob_writer import BlobWriter, Parts
 from .known import KnownChunks, Place
 from .layout import ChunkPlan
+from .reuse import Reuse
 from .source_file import OpenFiles, SourceFile
 
 BATCH_BYTES: Final = 8 << 20
 """Bytes per hop to a thread: a hop costs up to 0.25 ms under load, hashing and encoding 8 MiB about 10 ms."""
 _BATCH_CHUNKS: Final = 512
+_BASE_READS: Final = 8
+"""Chunks of the base image fetched at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +51,11 @@ class _Batch:
     """Of each chunk, its number among the known ones."""
     new: list[int] = field(default_factory=list)
     encoded: dict[int, Encoded] = field(default_factory=dict)
+    alone: dict[int, int] = field(default_factory=dict)
+    """Of each chunk that has a base, what it takes alone."""
+    bases: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each chunk that may be stored as a difference, where its base is in the base image."""
+    base_data: dict[int, bytes] = field(default_factory=dict)
     holders: int = 0
     """Blob writers that have not copied their parts yet."""
     hashed: trio.Event = field(default_factory=trio.Event)
@@ -60,6 +70,13 @@ class Totals:
     reused_chunks: int = 0
     reused_bytes: int = 0
     data_bytes: int = 0
+    delta_chunks: int = 0
+    """Of the new ones, those stored as differences."""
+    delta_bytes: int = 0
+    """Their bytes before encoding."""
+    delta_stored_bytes: int = 0
+    alone_bytes: int = 0
+    """What they would have taken alone."""
 
 
 class _Slabs:
@@ -89,7 +106,10 @@ class ChunkPipeline:
         files: Sequence[SourceFile],
         chunk_map: ChunkMapBuilder,
         open_blob: Callable[[int], tuple[int, BlobWriter]],
+        reuse: Reuse,
         *,
+        base: BaseImage | None,
+        paths: Callable[[int], str],
         chunk_size: int,
         codec: str,
         threads: int,
@@ -98,11 +118,15 @@ class ChunkPipeline:
         self._files = files
         self._chunk_map = chunk_map
         self._open_blob = open_blob
+        self._reuse = reuse
+        self._base = base
+        self._paths = paths
         self._codec = codec
         self._limiter = trio.CapacityLimiter(threads)
         self._depth = 2 * threads + 2
         self._slabs = _Slabs(self._depth, BATCH_BYTES + chunk_size)
         self._progress = progress
+        self._base_reads = trio.Semaphore(_BASE_READS)
         self._blobs: dict[int, tuple[int, BlobWriter]] = {}
         self._known = KnownChunks()
         self.totals = Totals()
@@ -120,8 +144,10 @@ class ChunkPipeline:
     async def _read(
         self, chunks: Iterator[tuple[ChunkPlan, bool]], onward: trio.MemorySendChannel[_Batch], nursery: trio.Nursery
     ) -> None:
+        batches = _batches(chunks)
         async with onward:
-            for batch in _batches(chunks):
+            # Planning reads what is cut by content, and headers.
+            while (batch := await trio.to_thread.run_sync(next, batches, None)) is not None:
                 batch.slab = await self._slabs.take()
                 await onward.send(batch)
                 nursery.start_soon(self._hash, batch)
@@ -136,18 +162,46 @@ class ChunkPipeline:
         async with onward:
             async for batch in incoming:
                 await batch.hashed.wait()
+                unseen = []
                 for position, digest in enumerate(batch.digests):
                     number, is_new = self._known.add(digest)
                     batch.known.append(number)
                     if is_new:
-                        batch.new.append(position)
+                        unseen.append(position)
+                await self._take_over(batch, unseen)
                 await onward.send(batch)
                 nursery.start_soon(self._encode, batch)
 
+    async def _take_over(self, batch: _Batch, unseen: list[int]) -> None:
+        """Sort the chunks that are new to this build into those that earlier images have and those that must be stored."""
+        digests = [batch.digests[position] for position in unseen]
+        lengths = [batch.chunks[position][0].length for position in unseen]
+        places = await self._reuse.find(digests, lengths)
+        for position, place in zip(unseen, places, strict=True):
+            if place is not None:
+                self._known.set_place(batch.known[position], place)
+                continue
+            batch.new.append(position)
+            chunk = batch.chunks[position][0]
+            if self._base is not None and chunk.tensor is not None:
+                offset = chunk.file_offset - chunk.tensor.offset
+                home = self._base.find(self._paths(chunk.file), chunk.tensor, offset, chunk.length)
+                if home is not None and await self._reuse.can_take(self._base.earlier, home):
+                    batch.bases[position] = home
+
     async def _encode(self, batch: _Batch) -> None:
+        if batch.bases:
+            async with trio.open_nursery() as nursery:
+                for position, place in batch.bases.items():
+                    nursery.start_soon(self._read_base, batch, position, place)
         if batch.new:
             await trio.to_thread.run_sync(self._encode_new, batch, limiter=self._limiter)
         batch.ready.set()
+
+    async def _read_base(self, batch: _Batch, position: int, place: tuple[int, int]) -> None:
+        assert self._base is not None
+        async with self._base_reads:
+            batch.base_data[position] = await self._base.read(place)
 
     async def _append(self, incoming: trio.MemoryReceiveChannel[_Batch]) -> None:
         async for batch in incoming:
@@ -165,6 +219,7 @@ class ChunkPipeline:
                     place.stored_size,
                     place.codec,
                     place.param,
+                    place.base,
                 )
             await self._hand_over(batch, parts)
             for chunk, last in batch.chunks:
@@ -185,7 +240,15 @@ class ChunkPipeline:
             self._blobs[chunk.space] = self._open_blob(chunk.space)
         blob, writer = self._blobs[chunk.space]
         size = len(encoded.data)
-        place = Place(blob, writer.reserve(size), size, encoded.codec, encoded.param)
+        base = None
+        if encoded.codec == CODEC_XOR:
+            assert self._base is not None
+            base = self._reuse.take_base(self._base.earlier, batch.bases[position])
+            totals.delta_chunks += 1
+            totals.delta_bytes += chunk.length
+            totals.delta_stored_bytes += size
+            totals.alone_bytes += batch.alone[position]
+        place = Place(blob, writer.reserve(size), size, encoded.codec, encoded.param, base)
         self._known.set_place(batch.known[position], place)
         parts.setdefault(chunk.space, []).append(encoded.data)
         totals.new_chunks += 1
@@ -219,7 +282,13 @@ class ChunkPipeline:
     def _encode_new(self, batch: _Batch) -> None:
         """Encode the chunks that nobody has seen before. In a thread."""
         for position in batch.new:
-            batch.encoded[position] = encode(batch.data[position], self._codec)
+            data, width = batch.data[position], batch.chunks[position][0].width
+            encoded = encode(data, self._codec, width)
+            base = batch.base_data.pop(position, None)
+            if base is not None:
+                batch.alone[position] = len(encoded.data)
+                encoded = encode_delta(data, memoryview(base), width, encoded)
+            batch.encoded[position] = encoded
 
 
 def _batches(chunks: Iterator[tuple[ChunkPlan, bool]]) -> Iterator[_Batch]:

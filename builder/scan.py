@@ -38,6 +38,8 @@ class Scan:
     """A scanned source."""
 
     root: Node
+    top: bytes
+    """Directory that the paths of the files begin with."""
     files: list[SourceFile] = field(default_factory=list)
     """Files with content in data spaces, in scan order, each inode once."""
     file_count: int = 0
@@ -46,6 +48,10 @@ class Scan:
     """Sum of their sizes."""
     has_xattrs: bool = False
     """Whether anything has extended attributes that are stored."""
+
+    def relative(self, file: SourceFile) -> str:
+        """Return the path of a file below the top, what is not UTF-8 escaped as the interpreter does."""
+        return os.fsdecode(file.path[len(self.top) :].lstrip(b"/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ class _Walker:
         waiting = [_Directory(top, b"", root, (status.st_dev, status.st_ino), None)]
         while waiting:
             waiting += reversed(self._read(waiting.pop()))
-        return self._result(root)
+        return self._result(root, top)
 
     def wrap(self, path: bytes, name: bytes, status: os.stat_result) -> Scan:
         """Return a directory with one file in it, called `name`."""
@@ -106,11 +112,13 @@ class _Walker:
             root.children[name] = self._entry(parent, path, os.path.basename(path), status)
         finally:
             os.close(parent)
-        return self._result(root)
+        return self._result(root, os.path.dirname(path))
 
-    def _result(self, root: Node) -> Scan:
+    def _result(self, root: Node, top: bytes) -> Scan:
         """Return the scan, its files in the order in which a walk in byte order, depth first, meets them."""
-        result = Scan(root, file_count=self._file_count, input_bytes=self._input_bytes, has_xattrs=self._has_xattrs)
+        result = Scan(
+            root, top, file_count=self._file_count, input_bytes=self._input_bytes, has_xattrs=self._has_xattrs
+        )
         waiting = [root]
         while waiting:
             node = waiting.pop()

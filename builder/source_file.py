@@ -98,6 +98,23 @@ class OpenFiles:
                 raise changed(file.path)
             done += got
 
+    def read(self, number: int, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset` of file `number`."""
+        data = bytearray(0)
+        descriptor = self._descriptor(number, offset)
+        while True:
+            try:
+                got = os.pread(descriptor, length - len(data), offset + len(data))
+            except OSError as error:
+                raise read_error(self._files[number].path, error) from error
+            if len(got) == length:  # as good as always
+                return got
+            data += got
+            if len(data) == length:
+                return bytes(data)
+            if not got:
+                raise changed(self._files[number].path)
+
     def _descriptor(self, number: int, offset: int) -> int:
         found = self._open.get(number)
         if found is not None:

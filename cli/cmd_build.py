@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
 
 import click
 
+from builder.base_image import BaseImage
 from builder.build import BuildOptions, BuildResult, build_image
+from builder.cutting import CHUNKINGS
+from builder.dictionary import ChunkDictionary
+from builder.earlier_image import EarlierImage
 from builder.journal import Journal
+from builder.reuse import Earlier
 from rafsfs.config import state_dir
+from rafsfs.errors import FormatError, NotFoundError, UnsupportedError
+from rafsfs.image import load_image
+from rafsfs.interfaces import ImageStore
+from rafsfs.registry.reference import Reference
 from rafsfs.registry.store import RegistryOptions
 
 from .options import SizeType, json_option, option, registry_options, take_registry_options
 from .output import print_json, progress_bar, ratio, size
 from .run import run_async
-from .wiring import opened
+from .wiring import opened, opened_image
+
+_log = logging.getLogger(__name__)
 
 
 @click.command("build")
@@ -24,10 +38,10 @@ from .wiring import opened
 @option(
     "--chunking",
     envvar="RAFS_CHUNKING",
-    type=click.Choice(["fixed"]),
-    default="fixed",
+    type=click.Choice(CHUNKINGS),
+    default="auto",
     show_default=True,
-    help="How files are cut.",
+    help="How files are cut: along tensors, by content, or at fixed distances; auto looks into each file.",
 )
 @option(
     "--chunk-size",
@@ -44,6 +58,21 @@ from .wiring import opened
     default="auto",
     show_default=True,
     help="How chunks are stored; auto picks per chunk.",
+)
+@option(
+    "--dict",
+    "dictionaries",
+    envvar="RAFS_DICT",
+    multiple=True,
+    metavar="REF|auto|none",
+    help="Take over chunks of the image REF. Repeatable. auto, the default, also asks what the tag has now and a dictionary of what "
+    "was built on this machine; none leaves those out.",
+)
+@option(
+    "--base",
+    envvar="RAFS_BASE",
+    metavar="REF",
+    help="Store tensors that changed as differences to those of the image REF, where that pays.",
 )
 @option(
     "--space-size",
@@ -71,6 +100,8 @@ def command(source: str, ref: str, as_json: bool, **options: Any) -> None:
     The same input gives the same digests. An interrupted push continues where it stopped when run again.
 
     Example: rafs build model/ -t registry.example/models/llama:v1 --exclude '*.tmp'
+
+    Example: rafs build tuned/ -t registry.example/models/llama:tuned --base registry.example/models/llama:v1
     """
     registry = take_registry_options(options)
     build = BuildOptions(
@@ -81,21 +112,92 @@ def command(source: str, ref: str, as_json: bool, **options: Any) -> None:
         space_bound=options["space_size"],
         threads=options["threads"],
     )
-    result = run_async(_build, source, ref, build, registry, not as_json)
+    result = run_async(
+        _build, source, ref, build, registry, options["dictionaries"] or ("auto",), options["base"], not as_json
+    )
     if as_json:
         print_json(asdict(result))
     else:
+        _print(result, options["base"])
+
+
+def _print(result: BuildResult, base: str | None) -> None:
+    print(
+        f"{result.ref}@{result.digest}\n"
+        f"{result.files} files, {size(result.input_bytes)} in, {size(result.stored_bytes)} stored "
+        f"({ratio(result.stored_bytes, result.input_bytes)}), {size(result.sent_bytes)} sent, {result.seconds:.1f} s"
+    )
+    for name, taken in sorted(result.reused_from.items()):
+        print(f"{size(taken)} taken over from {name}")
+    if base is None:
+        return
+    if not result.delta_chunks:
         print(
-            f"{result.ref}@{result.digest}\n"
-            f"{result.files} files, {size(result.input_bytes)} in, {size(result.stored_bytes)} stored "
-            f"({ratio(result.stored_bytes, result.input_bytes)}), {size(result.sent_bytes)} sent, {result.seconds:.1f} s"
+            f"nothing is stored as a difference to {base}: no tensor of its own changed, or none so little that it pays"
+        )
+        return
+    print(
+        f"{size(result.delta_bytes)} stored as differences to {base}: {size(result.delta_stored_bytes)} "
+        f"instead of {size(result.alone_bytes)}"
+    )
+    extra = result.base_bytes + result.delta_stored_bytes - result.alone_bytes
+    if extra > 0:
+        print(
+            f"a node that lacks {base} fetches {size(result.base_bytes)} of it besides: {size(extra)} more than without --base"
         )
 
 
-async def _build(source: str, ref: str, build: BuildOptions, registry: RegistryOptions, bar: bool) -> BuildResult:
-    async with opened(ref, registry) as (reference, store):
+async def _build(
+    source: str,
+    ref: str,
+    build: BuildOptions,
+    registry: RegistryOptions,
+    dictionaries: tuple[str, ...],
+    base_ref: str | None,
+    bar: bool,
+) -> BuildResult:
+    named = [name for name in dictionaries if name not in {"auto", "none"}]
+    auto = "none" not in dictionaries
+    async with opened(ref, registry) as (reference, store), AsyncExitStack() as stack:
+        images = [await _earlier(stack, name, registry) for name in named]
+        base = None
+        if base_ref is not None:
+            base = await BaseImage.open(await _earlier(stack, base_ref, registry))
+            images.append(base.earlier)
+        dictionary = None
+        if auto:
+            previous = await _previous(reference, store)
+            images += [previous] if previous else []
+            dictionary = ChunkDictionary.open(os.path.join(state_dir(), "dictionary"))
+            if dictionary:
+                stack.callback(dictionary.close)
         journal = Journal(state_dir(), store.name)
         with progress_bar("building", enabled=bar) as progress:
             return await build_image(
-                source, store, reference.reference, build, progress=progress, journal=journal, ref_text=ref
+                source,
+                store,
+                reference.reference,
+                build,
+                progress=progress,
+                journal=journal,
+                earlier=Earlier(tuple(images), dictionary),
+                base=base,
+                ref_text=ref,
             )
+
+
+async def _earlier(stack: AsyncExitStack, name: str, registry: RegistryOptions) -> EarlierImage:
+    image, store = await stack.enter_async_context(opened_image(name, registry))
+    return EarlierImage(f"{store.name}@{image.manifest.digest}", image, store)
+
+
+async def _previous(reference: Reference, store: ImageStore) -> EarlierImage | None:
+    """Return what the tag names now, if that is an image of ours."""
+    try:
+        image = await load_image(store, reference.reference)
+    except NotFoundError:
+        return None
+    except (FormatError, UnsupportedError) as error:
+        _log.debug("what the tag has now is not used: %s", error)
+        return None
+    return EarlierImage(f"{store.name}@{image.manifest.digest}", image, store)

@@ -144,6 +144,25 @@ class ImageReader:
         except (FormatError, IntegrityError) as error:
             raise type(error)(f"chunk {index} of data space {space} in blob {blob.digest}: {error}") from error
 
+    async def read_range(self, nid: int, offset: int, length: int) -> bytes:
+        """Return bytes [offset, offset+length) of a regular file, fewer at its end."""
+        inline = self._image.bootstrap.inline_data(nid)
+        if inline is not None:
+            return bytes(inline[offset : offset + length])
+        out = bytearray()
+        stop = offset + length
+        for extent in self._image.bootstrap.extents(nid):
+            first, last = max(offset, extent.file_offset), min(stop, extent.file_offset + extent.length)
+            if first >= last:
+                continue
+            if extent.space is None:
+                out += bytes(last - first)
+                continue
+            part = Extent(first, last - first, extent.space, extent.offset + first - extent.file_offset)
+            async for data in self._read_extent(part, extent.space):
+                out += data
+        return bytes(out)
+
     async def read_file(self, nid: int) -> AsyncIterator[bytes | memoryview]:
         """Yield the content of a regular file in order, in pieces of at most a chunk. Holes come as zeros."""
         inline = self._image.bootstrap.inline_data(nid)

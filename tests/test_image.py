@@ -20,7 +20,7 @@ async def make(tmp_path: Path, tag: str, seed: int) -> OciLayout:
     source.mkdir()
     (source / "file").write_bytes(random.Random(seed).randbytes(300_000))
     store = OciLayout(str(tmp_path / "layout"))
-    await build_image(str(source), store, tag, BuildOptions(chunk_size=64 << 10, codec="raw"))
+    await build_image(str(source), store, tag, BuildOptions(chunking="fixed", chunk_size=64 << 10, codec="raw"))
     return store
 
 

@@ -26,12 +26,17 @@ UNCOMPRESSED_SIZE: Final = "vnd.rafs.uncompressed-size"
 XATTRS: Final = "vnd.rafs.xattrs"
 """Annotation of the manifest: `none` if no file has extended attributes, so that a mount need not be asked for any."""
 
+FROM: Final = "vnd.rafs.from"
+"""Annotation of a blob layer: the image, earlier than this one, that it was found in."""
+FEATURE_DELTA: Final = "delta"
+"""Chunks stored as differences (codec 3), base spaces."""
+
 VERSION: Final = 1
 MAX_MANIFEST: Final = 4 << 20
 MAX_CONFIG: Final = 1 << 20
 MAX_BOOTSTRAP: Final = 1 << 30
 """Largest bootstrap, uncompressed: about 4 million files."""
-_FEATURES: Final[frozenset[str]] = frozenset()
+_FEATURES: Final = frozenset({FEATURE_DELTA})
 """Names in the config's `requires` that this program reads."""
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.cut import cut_fixed
 from builder.layout import chunks_of_space, interleave, plan_layout
 
 BOUND = 1 << 16
@@ -52,7 +53,8 @@ def test_copies_share_their_place() -> None:
 @given(sizes, st.integers(1, 5))
 def test_interleaving_keeps_each_space_in_order_and_marks_its_last_chunk(lengths: list[int], width: int) -> None:
     spaces, _ = plan_layout([[(0, length)] for length in lengths], {}, BOUND)
-    streams = [chunks_of_space(number, space, 4096) for number, space in enumerate(spaces)]
+    cutter = cut_fixed(4096)
+    streams = [chunks_of_space(number, space, lambda _: cutter) for number, space in enumerate(spaces)]
     seen: dict[int, list[int]] = {}
     ended: set[int] = set()
     opened: set[int] = set()
