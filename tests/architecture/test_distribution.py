@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import sys
 import tomllib
 
 from setuptools import find_packages
 
-from .source_tree import PACKAGES, ROOT
+from .source_tree import PACKAGES, ROOT, imports, modules
 
 
 def project() -> dict[str, object]:
@@ -50,5 +52,19 @@ def test_constraints_pin_every_dependency_and_name_no_index() -> None:
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
     metadata = project()["project"]
     wanted = [*metadata["dependencies"], *metadata["optional-dependencies"]["dev"]]  # type: ignore[index]
-    names = {line.split(">=")[0].strip().lower().replace("_", "-") for line in wanted}
-    assert names <= pinned
+    assert {distribution(line) for line in wanted} <= pinned
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[<>=!~;\[ ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_everything_that_is_imported_is_a_declared_dependency() -> None:
+    """A package that is here by chance is missing on the next machine."""
+    declared = {distribution(line) for line in project()["project"]["dependencies"]}  # type: ignore[index]
+    owners = importlib.metadata.packages_distributions()
+    imported = {name.partition(".")[0] for module in modules() for name in imports(module)}
+    others = imported - set(PACKAGES) - sys.stdlib_module_names - {""}
+    assert others
+    undeclared = {name for name in others if not declared & {owner.lower().replace("_", "-") for owner in owners[name]}}
+    assert undeclared == set()
