@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "cat": "Print a file of an image.",
     "check": "Check an image: structure, blobs, and with --data every byte.",
     "daemon": "Run the node daemon of a cache directory.",
+    "diff": "Show what changed between two images.",
     "doctor": "Tell what this machine can do, and what to do about the rest.",
     "export": "Write an image out as an ordinary directory.",
     "inspect": "Show what an image is made of.",

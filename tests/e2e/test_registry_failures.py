@@ -84,7 +84,7 @@ def test_a_corrupt_blob_costs_exactly_its_chunks_and_check_names_them(
 ) -> None:
     ref = f"localhost:{registry.port}/e2e/files:v1"
     # Codec raw: a place in the blob is then a place in a file, so the test knows which chunk it broke.
-    node.build(source, ref, "--codec", "raw")
+    node.build(source, ref, "--codec", "raw", "--chunking", "fixed")
     wanted = {name: (source / name).read_bytes() for name in sorted(os.listdir(source))}
     victim, at = "file-03", 1_500_000
     blob = flip_byte(registry.storage, wanted[victim][at - 16 : at + 16])

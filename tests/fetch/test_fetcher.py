@@ -94,7 +94,9 @@ async def image_at(tmp_path: Path) -> str:
     source.mkdir()
     (source / "file").write_bytes(random.Random(1).randbytes(CHUNK * COUNT))
     layout = str(tmp_path / "layout")
-    await build_image(str(source), OciLayout(layout), "v1", BuildOptions(chunk_size=CHUNK, codec="raw"))
+    await build_image(
+        str(source), OciLayout(layout), "v1", BuildOptions(chunking="fixed", chunk_size=CHUNK, codec="raw")
+    )
     return layout
 
 
@@ -238,7 +240,9 @@ async def test_a_chunk_that_another_image_has_is_copied_not_fetched(image_at: st
     data = (tmp_path / "source" / "file").read_bytes()
     (other / "begin").write_bytes(b"new" * 40_000)
     (other / "file").write_bytes(data[: CHUNK * 8])
-    await build_image(str(other), OciLayout(image_at), "v2", BuildOptions(chunk_size=CHUNK, codec="raw"))
+    await build_image(
+        str(other), OciLayout(image_at), "v2", BuildOptions(chunking="fixed", chunk_size=CHUNK, codec="raw")
+    )
     async with node_of(image_at, tmp_path / "cache") as node:
         await node.fetcher.prefetch_all(node.source)
         await trio.to_thread.run_sync(node.cache.sync)
