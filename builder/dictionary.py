@@ -59,7 +59,12 @@ class ChunkDictionary:
         """Open the dictionary in a directory, made if it is not there; None, with a line in the log, if that fails."""
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            return cls(lmdb.open(directory, map_size=_MAP_SIZE, max_dbs=4, metasync=False, mode=0o600))
+            try:
+                return cls(_environment(directory))
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+                _log.warning("chunk dictionary %s begins anew: %s", directory, error)
+                os.unlink(os.path.join(directory, "data.mdb"))
+                return cls(_environment(directory))
         except (lmdb.Error, OSError) as error:
             _log.warning(
                 "chunk dictionary %s cannot be used: %s; chunks of earlier builds are sent again", directory, error
@@ -143,6 +148,10 @@ class ChunkDictionary:
     def close(self) -> None:
         """Close the files."""
         self._env.close()
+
+
+def _environment(directory: str) -> lmdb.Environment:
+    return lmdb.open(directory, map_size=_MAP_SIZE, max_dbs=4, metasync=False, mode=0o600)
 
 
 def _repository_key(blob: Digest, store_name: str) -> bytes:

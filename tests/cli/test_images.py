@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import rafs_command
+from tests.support.series import moved, save, small_model
 
 from .conftest import Rafs, Refused
 
@@ -288,3 +290,74 @@ def test_doctor_tells_each_thing_with_its_remedy(rafs: Rafs, ref: str) -> None:
     missing = rafs("doctor", f"{ref}-absent")
     assert missing.returncode == 1
     assert "MISSING" in missing.stdout
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layout with `v1` and `v2` of a small model, the second as differences to the first; read-only by agreement."""
+    top = tmp_path_factory.mktemp("series")
+    arrays = small_model(1)
+    rafs = Rafs(top)
+    for number, base in ((1, ()), (2, ("--base", f"oci:{top}/layout:v1"))):
+        save(top / f"source-{number}", arrays)
+        done = rafs("build", top / f"source-{number}", "-t", f"oci:{top}/layout:v{number}", "--dict", "none", *base)
+        assert done.returncode == 0, done.stderr
+        arrays = moved(arrays, 2)
+    return top / "layout"
+
+
+def test_a_build_on_a_base_says_what_a_cold_reader_pays(rafs: Rafs, series: Path) -> None:
+    source = series.parent / "source-2"
+    ref = f"oci:{rafs.home}/layout:v2"
+    shutil.copytree(series, rafs.home / "layout")
+    out = rafs("build", source, "-t", ref, "--base", f"oci:{rafs.home}/layout:v1", "--dict", "none").stdout
+    assert re.search(r"stored as differences to \S+: \S+ \S+ instead of", out)
+    assert re.search(r"a node that lacks \S+ fetches .* more than without --base", out)
+    out = rafs("build", source, "-t", ref, "--base", ref, "--dict", "none").stdout
+    assert "nothing is stored as a difference" in out
+    assert "taken over from" in out
+
+
+def test_inspect_shows_differences_dtypes_and_origins(rafs: Rafs, series: Path) -> None:
+    found = rafs.json("inspect", f"oci:{series}:v2")
+    assert found["delta"]["chunks"] > 0
+    assert found["delta"]["base_bytes"] > 0
+    assert set(found["dtypes"]) >= {"BF16"}
+    assert found["by_file"][0]["path"] == "model.safetensors"
+    out = rafs("inspect", f"oci:{series}:v2").stdout
+    assert "more to fetch for a node that has none of the earlier image" in out
+    assert "BF16" in out
+
+
+def test_diff_tells_what_changed_and_what_is_to_fetch(rafs: Rafs, series: Path) -> None:
+    one, two = f"oci:{series}:v1", f"oci:{series}:v2"
+    found = rafs.json("diff", one, two)
+    assert [change["path"] for change in found["files"] if change["kind"] == "changed"] == ["model.safetensors"]
+    assert [change["kind"] for change in found["tensors"]] == ["changed"] * 4
+    assert 0 < found["fetch"]["stored_bytes"] < rafs.json("inspect", one)["stored_bytes"]
+    out = rafs("diff", one, two).stdout
+    assert "layer.3.weight" in out
+    assert "to fetch" in out
+    same = rafs.json("diff", one, one)
+    assert (same["files"], same["tensors"], same["fetch"]["stored_bytes"]) == ([], [], 0)
+
+
+def test_diff_of_what_is_not_there_is_refused(refused: Refused, series: Path) -> None:
+    assert "v9" in refused(21, "diff", f"oci:{series}:v1", f"oci:{series}:v9")
+
+
+def test_a_dictionary_or_base_that_is_not_there_is_refused(
+    refused: Refused, series: Path, source: Path, tmp_path: Path
+) -> None:
+    for option in ("--dict", "--base"):
+        assert "v9" in refused(21, "build", source, "-t", f"oci:{tmp_path}/layout:v1", option, f"oci:{series}:v9")
+
+
+def test_a_base_is_read_through_cat_and_check_without_a_mount(rafs: Rafs, series: Path) -> None:
+    two = f"oci:{series}:v2"
+    assert rafs("check", two).returncode == 0
+    done = subprocess.run(
+        [*rafs_command(), "cat", two, "model.safetensors"], capture_output=True, check=True,
+        env={**os.environ, "HOME": str(rafs.home)},
+    )  # fmt: skip
+    assert done.stdout == (series.parent / "source-2" / "model.safetensors").read_bytes()
