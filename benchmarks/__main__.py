@@ -13,7 +13,17 @@ from pathlib import Path
 from .measure import Row, commit, machine, table
 from .setting import Setting
 
-QUESTIONS = ("stored_ratio", "build_throughput", "cold_read", "cached_read", "first_byte", "metadata", "memory")
+QUESTIONS = (
+    "stored_ratio",
+    "build_throughput",
+    "decode",
+    "chunk_size",
+    "cold_read",
+    "cached_read",
+    "first_byte",
+    "metadata",
+    "memory",
+)
 
 
 def main() -> int:

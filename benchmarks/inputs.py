@@ -19,6 +19,7 @@ from rafsfs.types import Digest
 from tests.support.models import cast_file, make_model, published_model
 
 _SCALED: Final = (("F32", 1.1), ("BF16", 1.1), ("BF16", 0.9))
+_MORE: Final = tuple((dtype, 1.2 + step / 10) for step in range(3) for dtype in ("F32", "BF16", "F16", "BF16", "F32"))
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 SPACE_BOUND: Final = 4 * GIB
@@ -31,6 +32,15 @@ def make_weights(target: Path, *, quick: bool) -> Path:
         for dtype, scale in _SCALED:
             name = f"model-x{scale:g}.{dtype.lower()}.safetensors"
             cast_file(published_model() / "model.safetensors", target / name, dtype, scale=scale)
+    return target
+
+
+def make_many_weights(target: Path, *, quick: bool) -> Path:
+    """Make a directory of 1.3 GB of weights (182 MB when `quick`): enough that the start of a process does not count."""
+    make_weights(target, quick=quick)
+    for number, (dtype, scale) in enumerate(() if quick else _MORE):
+        name = f"model-{number}.{dtype.lower()}.safetensors"
+        cast_file(published_model() / "model.safetensors", target / name, dtype, scale=scale + number / 1000)
     return target
 
 

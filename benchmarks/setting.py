@@ -27,7 +27,7 @@ from rafsfs.types import Descriptor
 from tests.support.processes import Node, running_node
 from tests.support.registry import Registry, running_registry
 
-from .inputs import GIB, MIB, large_image, make_weights
+from .inputs import GIB, MIB, large_image, make_many_weights, make_weights
 from .measure import files_below
 
 
@@ -55,6 +55,11 @@ class Setting:
     def weights_bytes(self) -> int:
         """Sizes of the weights' files, summed."""
         return sum(path.stat().st_size for path in files_below(self.weights))
+
+    @cached_property
+    def many_weights(self) -> Path:
+        """A directory of more weights, on the local disk."""
+        return make_many_weights(self.directory / "many-weights", quick=self.quick)
 
     @cached_property
     def weights_ref(self) -> str:

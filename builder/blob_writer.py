@@ -3,12 +3,11 @@
 Decided here: small blobs are asked for before they are sent; what an earlier, interrupted push has sent is skipped; a blob the
 journal knows as finished is only hashed. When what the journal or the store knew of a blob does not hold (other bytes, a session
 that is gone with what it held), the blob `is_stale`: the build goes on for the others and has to be made again for this one. Memory: up
-to 32 MiB before an upload starts, then two buffers of what one batch has for this blob.
+to 32 MiB before an upload starts; from then on nothing of its own, what the caller handed over is sent as it is.
 
-Concurrency: per blob one task (`run`, owned by the builder's nursery) that hashes and copies a part in one thread hop and gives its
-buffers back, and one that sends the part before, so that SHA-256 and the store overlap. `put` hands data over a channel of one part and
-sending has no queue: a slow upload holds the builder back. After a failure or cancellation the upload stays resumable and the
-journal says where.
+Concurrency: per blob one task (`run`, owned by the builder's nursery) that hashes parts in a thread, and one that sends the parts before
+and gives them back, so that SHA-256 and the store overlap. `put` hands data over a channel of one and sending has no queue: a slow
+upload holds the builder back. After a failure or cancellation the upload stays resumable and the journal says where.
 """
 
 from __future__ import annotations
@@ -21,16 +20,14 @@ from typing import Final
 
 import trio
 
-from rafsfs.errors import IntegrityError, RafsError
+from rafsfs.errors import IntegrityError, RafsError, UploadLostError
 from rafsfs.interfaces import BlobUpload, ImageStore
-from rafsfs.registry.upload import UploadLostError
 from rafsfs.types import Digest
 
 from .journal import Journal
 
 _WHOLE: Final = 32 << 20
 """A blob up to this size is kept until it is complete, and not sent if the store has it."""
-_FIRST_BUFFER: Final = 1 << 20
 _LET_GO_S: Final = 5.0
 """How long an upload may take to be let go of when a build ends before its time."""
 
@@ -53,9 +50,8 @@ class BlobWriter:
         self._journal = journal
         self._key = key
         self._hash = hashlib.sha256()
-        self._buffer = bytearray()
+        self._kept: Parts = []
         self._filled = 0
-        self._spare: list[bytearray] = []
         self._is_streaming = False
         self._upload: BlobUpload | None = None
         self._resumed = False
@@ -88,7 +84,7 @@ class BlobWriter:
         """Take data until `finish`, then see that the store has the blob, or that the blob is stale. Raises RemoteError."""
         try:
             await self._ask_journal()
-            to_send, from_hash = trio.open_memory_channel[tuple[bytearray, int]](0)
+            to_send, from_hash = trio.open_memory_channel[tuple[Parts, Callable[[], None]]](0)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_all, from_hash)
                 await self._take_all(to_send)
@@ -102,7 +98,7 @@ class BlobWriter:
             await self._let_go()
             raise
         finally:
-            self._buffer, self._spare = bytearray(), []
+            self._kept = []
 
     async def _ask_journal(self) -> None:
         if self._journal:
@@ -110,25 +106,27 @@ class BlobWriter:
             if finished and await self._store.has_blob(finished[0]):
                 self._expected = finished
 
-    async def _take_all(self, onward: trio.MemorySendChannel[tuple[bytearray, int]]) -> None:
+    async def _take_all(self, onward: trio.MemorySendChannel[tuple[Parts, Callable[[], None]]]) -> None:
         async with onward:
             async for parts, taken in self._receive:
                 if not self.is_stale:
-                    await trio.to_thread.run_sync(self._hash_and_copy, parts)
+                    await trio.to_thread.run_sync(self._hash_and_keep, parts)
+                if self._is_streaming and self._expected is None:
+                    await onward.send((parts, taken))
+                    continue
                 taken()
-                self._is_streaming = self._is_streaming or self._filled > _WHOLE
-                if self._is_streaming:
-                    await onward.send((self._buffer, self._filled))
-                    self._buffer, self._filled = self._spare.pop() if self._spare else bytearray(), 0
+                if self._filled > _WHOLE:
+                    self._is_streaming = True
+                    kept, self._kept = self._kept, []
+                    await onward.send((kept, _nothing))
 
-    async def _send_all(self, incoming: trio.MemoryReceiveChannel[tuple[bytearray, int]]) -> None:
-        async for buffer, filled in incoming:
+    async def _send_all(self, incoming: trio.MemoryReceiveChannel[tuple[Parts, Callable[[], None]]]) -> None:
+        async for parts, taken in incoming:
             if not self.is_stale:
                 if self._upload is None:
                     await self._begin(self._journal.token(self._key) if self._journal else None)
-                await self._write(memoryview(buffer)[:filled])
-            if len(buffer) <= _WHOLE:  # the first one grew to hold a whole blob
-                self._spare.append(buffer)
+                await self._write(parts)
+            taken()
 
     async def _complete(self, digest: Digest) -> None:
         if self._expected is not None:
@@ -137,49 +135,47 @@ class BlobWriter:
             await self._commit(digest)
         elif not await self._store.has_blob(digest):
             await self._begin(None)
-            await self._write(memoryview(self._buffer)[: self._filled])
+            await self._write(self._kept)
             await self._commit(digest)
         if not self.is_stale:
             if self._journal:
                 self._journal.note_finished(self._key, digest, self.size)
             self.result = FinishedBlob(digest, self.size)
 
-    def _hash_and_copy(self, parts: Parts) -> None:
-        """Take parts into the buffer, unless they are not going to be sent. In a thread."""
+    def _hash_and_keep(self, parts: Parts) -> None:
+        """Hash parts; keep them while it is open whether the blob is going to be sent. In a thread."""
         for part in parts:
             self._hash.update(part)
-        if self._expected is not None:
+        if self._expected is not None or self._is_streaming:
             return
-        needed = self._filled + sum(len(part) for part in parts)
-        if needed > len(self._buffer):
-            # A new one, not a larger one: whoever still looks at the old one may do so.
-            larger = bytearray(max(needed, 2 * len(self._buffer), _FIRST_BUFFER))
-            larger[: self._filled] = memoryview(self._buffer)[: self._filled]
-            self._buffer = larger
         for part in parts:
-            end = self._filled + len(part)
-            self._buffer[self._filled : end] = part
-            self._filled = end
+            # What was encoded has memory of its own; the rest is in a slab that its owner wants back.
+            self._kept.append(part if isinstance(part, bytes) else bytes(part))
+            self._filled += len(part)
 
     async def _begin(self, token: str | None) -> None:
         self._upload = await self._store.begin_upload(token)
         self._skip = self._upload.offset
         self._resumed = token is not None and self._skip > 0
 
-    async def _write(self, data: memoryview) -> None:
-        """Send data, but for what the store has from an earlier push."""
+    async def _write(self, parts: Parts) -> None:
+        """Send parts, but for what the store has from an earlier push."""
         assert self._upload is not None
-        skipped = min(self._skip, len(data))
-        self._skip -= skipped
-        if skipped < len(data):
+        left = []
+        for part in parts:
+            skipped = min(self._skip, len(part))
+            self._skip -= skipped
+            if skipped < len(part):
+                left.append(memoryview(part)[skipped:])
+        if left:
             try:
-                await self._upload.write(data[skipped:])
+                await self._upload.write(*left)
             except UploadLostError:
                 if self._journal is None:
                     raise
                 self.is_stale = True
                 return
-            self.sent_bytes += len(data) - skipped
+            self.sent_bytes += sum(map(len, left))
         self._note_token()
 
     def _note_token(self) -> None:
@@ -197,7 +193,7 @@ class BlobWriter:
             self.is_stale = True
             return
         try:
-            await self._upload.commit(digest)
+            await self._upload.commit(digest, computed=not self._resumed)
         except UploadLostError:
             if self._journal is None:
                 raise
@@ -214,3 +210,7 @@ class BlobWriter:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LET_GO_S), suppress(RafsError):
             await self._upload.abandon()
             self._note_token()
+
+
+def _nothing() -> None:
+    """What is called when parts of our own have been sent."""

@@ -4,8 +4,8 @@ Decided here: batches, bounds, and that the commit order is the planned order. A
 then, for chunks not known yet, encode. Between the hops, in order, one task looks digests up: so the result depends neither on thread count
 nor on timing, and a chunk is encoded only if it is new.
 
-Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each with at most as
-much again in encoded form, and with a base image as much again for its chunks; plus 60 bytes per distinct chunk in the table of known
+Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each twice: as
+read, as encoded; with a base image as much again for its chunks; plus 60 bytes per distinct chunk in the table of known
 ones. Nothing grows with the size of a file.
 
 Concurrency: three tasks in one nursery, joined by channels in order: `_read` takes a slab and starts hashing, `_look_up` decides and
@@ -16,7 +16,9 @@ been named in the store by then.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,6 +26,7 @@ import trio
 
 from rafsfs.format.chunk_map_builder import ChunkMapBuilder
 from rafsfs.format.codec import CODEC_XOR, Encoded, chunk_digest, encode, encode_delta
+from rafsfs.format.planes import EXTRA_ROOM
 
 from .base_image import BaseImage
 from .blob_writer import BlobWriter, Parts
@@ -44,7 +47,7 @@ class _Batch:
     """Chunks that travel together."""
 
     chunks: list[tuple[ChunkPlan, bool]]
-    slab: bytearray = field(default_factory=bytearray)
+    slab: _Slab | None = None
     data: list[memoryview] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     known: list[int] = field(default_factory=list)
@@ -79,20 +82,37 @@ class Totals:
     """What they would have taken alone."""
 
 
+class _Slab:
+    """Room for one batch as it is read, and for what it becomes."""
+
+    def __init__(self, size: int) -> None:
+        self.read = memoryview(_anonymous(size))
+        self.encoded = memoryview(_anonymous(size + _BATCH_CHUNKS * EXTRA_ROOM))
+
+
+def _anonymous(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
 class _Slabs:
-    """A fixed number of buffers of one size; pages are taken from the system when they are first used."""
+    """A fixed number of buffers of one size. Anonymous maps: pages come when a thread first reads into them, large ones if the system has
+    them, where a bytearray would be filled with zeros while all other threads wait.
+    """
 
     def __init__(self, count: int, size: int) -> None:
         self._size = size
-        self._free: list[bytearray] = []
+        self._free: list[_Slab] = []
         self._permits = trio.Semaphore(count)
 
-    async def take(self) -> bytearray:
+    async def take(self) -> _Slab:
         """Return a free slab; waits for one."""
         await self._permits.acquire()
-        return self._free.pop() if self._free else bytearray(self._size)
+        return self._free.pop() if self._free else _Slab(self._size)
 
-    def give(self, slab: bytearray) -> None:
+    def give(self, slab: _Slab) -> None:
         """Take a slab back."""
         self._free.append(slab)
         self._permits.release()
@@ -256,22 +276,25 @@ class ChunkPipeline:
 
     async def _hand_over(self, batch: _Batch, parts: dict[int, Parts]) -> None:
         """Give each blob writer its parts; the slab goes back when the last of them has copied."""
+        slab = batch.slab
+        assert slab is not None
         batch.encoded = {}
         batch.holders = len(parts)
         if not parts:
-            self._slabs.give(batch.slab)
+            self._slabs.give(slab)
 
         def taken() -> None:
             batch.holders -= 1
             if not batch.holders:
-                self._slabs.give(batch.slab)
+                self._slabs.give(slab)
 
         for space, data in parts.items():
             await self._blobs[space][1].put(data, taken)
 
     def _read_and_hash(self, batch: _Batch) -> None:
         """Read the chunks of a batch and hash them. In a thread."""
-        view = memoryview(batch.slab)
+        assert batch.slab is not None
+        view = batch.slab.read
         with OpenFiles(self._files) as opened:
             for chunk, _ in batch.chunks:
                 data, view = view[: chunk.length], view[chunk.length :]
@@ -281,9 +304,12 @@ class ChunkPipeline:
 
     def _encode_new(self, batch: _Batch) -> None:
         """Encode the chunks that nobody has seen before. In a thread."""
+        assert batch.slab is not None
+        room = batch.slab.encoded
         for position in batch.new:
             data, width = batch.data[position], batch.chunks[position][0].width
-            encoded = encode(data, self._codec, width)
+            mine, room = room[: len(data) + EXTRA_ROOM], room[len(data) + EXTRA_ROOM :]
+            encoded = encode(data, self._codec, width, mine)
             base = batch.base_data.pop(position, None)
             if base is not None:
                 batch.alone[position] = len(encoded.data)

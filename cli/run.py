@@ -5,6 +5,7 @@ The event loop and what is only needed when something goes wrong are loaded when
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,8 @@ def run_async(function: Callable[..., Awaitable[_T]], *arguments: Any) -> _T:
     """Run an async use case to its end and return its result; an error comes out of its groups."""
     import trio  # noqa: PLC0415
 
+    gc.freeze()
+    gc.enable()
     try:
         return trio.run(function, *arguments)
     except BaseExceptionGroup as group:

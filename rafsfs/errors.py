@@ -107,6 +107,10 @@ class UnavailableError(RemoteError):
     exit_code = 23
 
 
+class UploadLostError(UnavailableError):
+    """The registry has forgotten an upload whose beginning is no longer here: the blob has to be sent from its start."""
+
+
 class DeadlineError(UnavailableError):
     """It took longer than the caller was ready to wait."""
 

@@ -35,11 +35,15 @@ class BlobUpload(Protocol):
     def resume_token(self) -> str | None:
         """Opaque text with which `begin_upload` can continue this upload later, or None if the store cannot."""
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append `data`. Raises UnavailableError when the store cannot be reached after retries."""
+    async def write(self, *parts: bytes | bytearray | memoryview) -> None:
+        """Append `parts`, in order. Raises UnavailableError when the store cannot be reached after retries."""
 
-    async def commit(self, digest: Digest) -> None:
-        """Finish the blob as `digest`. Raises IntegrityError if the store holds other bytes than that."""
+    async def commit(self, digest: Digest, *, computed: bool = False) -> None:
+        """Finish the blob as `digest`. Raises IntegrityError if the store holds other bytes than that.
+
+        `computed`: the caller has just hashed all that it gave to `write` of this upload, from the blob's start; a store in the same
+        process need not do so again.
+        """
 
     async def abandon(self) -> None:
         """Let go of the upload without finishing it; what can be resumed stays resumable."""

@@ -23,7 +23,7 @@ from typing import Final
 
 import trio
 
-from ..errors import IntegrityError, NotFoundError, RafsError, RemoteError, UnavailableError
+from ..errors import IntegrityError, NotFoundError, RafsError, RemoteError, UnavailableError, UploadLostError
 from ..net.origin import MAX_URL, Target
 from ..types import Digest
 from .answer import Answer, error_detail, refusal
@@ -42,10 +42,6 @@ _VERSION: Final = "upload1:"
 _RANGE: Final = re.compile(r"\A(?:bytes=)?0-([0-9]{1,18})\Z")
 _STARTED: Final = "upload"
 _BYTES: Final = "application/octet-stream"
-
-
-class UploadLostError(UnavailableError):
-    """The registry has forgotten an upload whose beginning is no longer here: the blob has to be sent from its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +75,17 @@ class RegistryUpload:
             return None
         return encode_token(self._remote, self._session)
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append `data`; full parts are sent. Raises UploadLostError, UnavailableError, AccessDeniedError, RemoteError.
+    async def write(self, *parts: bytes | bytearray | memoryview) -> None:
+        """Append `parts`; what fills a PATCH is sent. Raises UploadLostError, UnavailableError, AccessDeniedError, RemoteError.
 
-        After a mere UnavailableError all of `data` has been taken: write or commit continues.
+        After a mere UnavailableError everything has been taken: write or commit continues.
         """
-        view = memoryview(data).cast("B")
-        self._waiting += view
+        for part in parts:
+            self._waiting += memoryview(part).cast("B")
         while len(self._waiting) > self._part:
             await self._send_part(self._part)
 
-    async def commit(self, digest: Digest) -> None:
+    async def commit(self, digest: Digest, *, computed: bool = False) -> None:
         """Finish the blob. Raises IntegrityError if the registry holds other bytes than that (send them again)."""
         while len(self._waiting) > self._part or (self._held and self._waiting):
             await self._send_part(self._part)

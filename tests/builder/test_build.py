@@ -237,13 +237,14 @@ class _Session:
     def resume_token(self) -> str | None:
         return self._token
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._store.breaks_after is not None and self._store.taken + len(data) > self._store.breaks_after:
-            raise UnavailableError("the store went away")
-        self._store.taken += len(data)
-        self._store.sessions[self._token] += data
+    async def write(self, *parts: bytes | bytearray | memoryview) -> None:
+        for data in parts:
+            if self._store.breaks_after is not None and self._store.taken + len(data) > self._store.breaks_after:
+                raise UnavailableError("the store went away")
+            self._store.taken += len(data)
+            self._store.sessions[self._token] += data
 
-    async def commit(self, digest: Digest) -> None:
+    async def commit(self, digest: Digest, *, computed: bool = False) -> None:
         assert await OciLayout.put_blob(self._store, self._store.sessions[self._token]) == digest
 
     async def abandon(self) -> None:

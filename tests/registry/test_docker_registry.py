@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from rafsfs.errors import AccessDeniedError, IntegrityError, RemoteError, UnavailableError, UsageError
+from rafsfs.errors import AccessDeniedError, IntegrityError, RemoteError, UnavailableError, UploadLostError, UsageError
 from rafsfs.interfaces import ImageStore
 from rafsfs.registry.reference import parse_reference
 from rafsfs.registry.store import RegistryOptions, open_store
-from rafsfs.registry.upload import UploadLostError
 from rafsfs.types import Digest
 from tests.support.registry import Registry, running_registry, running_token_registry
 
