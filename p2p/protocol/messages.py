@@ -1,0 +1,256 @@
+"""Messages between a peer and a scheduler: msgpack arrays with a tag in front. docs/protocol/swarm.md.
+
+Decided here: names, order of fields, bounds. Rule: new fields go to the end with a default, so old and new understand each other; what does not
+decode is a FormatError, never a guess.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Final
+
+import msgspec
+
+from rafsfs.errors import FormatError
+
+VERSION: Final = 1
+MAX_FRAME: Final = 1 << 20
+MAX_GROUPS: Final = 1 << 20
+"""Groups of a task: 4 TiB."""
+MAX_LISTED: Final = 65536
+
+Task = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+PeerId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z._-]+$")]
+Group = Annotated[int, msgspec.Meta(ge=0, lt=MAX_GROUPS)]
+Groups = Annotated[list[Group], msgspec.Meta(max_length=MAX_LISTED)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Port = Annotated[int, msgspec.Meta(ge=0, lt=65536)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+
+
+class Kind(IntEnum):
+    """What a connected program is."""
+
+    PEER = 0
+    SEED = 1
+    TOOL = 2
+
+
+class Verdict(IntEnum):
+    """What to do about a group that was asked for."""
+
+    LEASE = 0
+    HELD = 1
+    WAIT = 2
+    LATER = 3
+
+
+class Complaint(IntEnum):
+    """What a peer says of another one."""
+
+    CORRUPT = 0
+    STALLED = 1
+    UNREACHABLE = 2
+
+
+class Contact(msgspec.Struct, array_like=True, frozen=True):
+    """How to reach a peer."""
+
+    id: PeerId
+    host: Name
+    port: Port
+    kind: Kind = Kind.PEER
+
+
+class _Message(msgspec.Struct, array_like=True, frozen=True, tag_field="tag"):
+    pass
+
+
+class Hello(_Message, tag="hello"):
+    """First of a connection."""
+
+    version: int
+    id: PeerId
+    port: Port
+    kind: Kind
+    zone: Name = ""
+    rack: Name = ""
+    token: Name = ""
+    address: Name = ""
+
+
+class Welcome(_Message, tag="welcome"):
+    """Answer to it."""
+
+    version: int
+    heartbeat_s: float
+
+
+class Join(_Message, tag="join"):
+    """Take part in a task."""
+
+    task: Task
+    groups: Annotated[int, msgspec.Meta(ge=0, le=MAX_GROUPS)]
+    image: Text = ""
+    have: Annotated[bytes, msgspec.Meta(max_length=MAX_GROUPS // 8)] = b""
+
+
+class Leave(_Message, tag="leave"):
+    """Take part no longer."""
+
+    task: Task
+
+
+class Neighbours(_Message, tag="neighbours"):
+    """More peers to exchange have-maps with."""
+
+    task: Task
+    peers: list[Contact]
+
+
+class Ask(_Message, tag="ask"):
+    """Who has these groups, or may I fetch them?"""
+
+    number: Count
+    task: Task
+    groups: Groups
+    urgent: bool = False
+
+
+class Ruling(msgspec.Struct, array_like=True, frozen=True):
+    """The answer for one group."""
+
+    group: Group
+    verdict: Verdict
+    peer: Contact | None = None
+
+
+class Answer(_Message, tag="answer"):
+    """Answer to `ask`."""
+
+    number: Count
+    rulings: list[Ruling]
+
+
+class Done(_Message, tag="done"):
+    """These groups are complete here."""
+
+    task: Task
+    groups: Groups
+
+
+class Progress(_Message, tag="progress"):
+    """These leases are alive."""
+
+    task: Task
+    groups: Groups
+
+
+class Failed(_Message, tag="failed"):
+    """These leases are given back."""
+
+    task: Task
+    groups: Groups
+    reason: Text = ""
+
+
+class Order(_Message, tag="order"):
+    """Fetch this group: its lease is yours."""
+
+    task: Task
+    group: Group
+    image: Text = ""
+
+
+class Revoke(_Message, tag="revoke"):
+    """These leases are no longer yours."""
+
+    task: Task
+    groups: Groups
+
+
+class Report(_Message, tag="report"):
+    """Another peer has failed me."""
+
+    task: Task
+    peer: PeerId
+    what: Complaint
+
+
+class Ping(_Message, tag="ping"):
+    """I am alive."""
+
+
+class Preheat(_Message, tag="preheat"):
+    """Have an image fetched by seeds, or by all peers."""
+
+    number: Count
+    image: Text
+    everybody: bool = False
+    options: dict[str, str] = {}
+
+
+class Fill(_Message, tag="fill"):
+    """Fetch all of an image."""
+
+    number: Count
+    image: Text
+    options: dict[str, str] = {}
+
+
+class Filled(_Message, tag="filled"):
+    """How far that is."""
+
+    number: Count
+    done: Count
+    total: Count
+    error: Text = ""
+
+
+class NodeProgress(msgspec.Struct, array_like=True, frozen=True):
+    """How far one node is."""
+
+    peer: PeerId
+    done: Count
+    total: Count
+    error: Text = ""
+
+
+class Preheated(_Message, tag="preheated"):
+    """How far all of them are."""
+
+    number: Count
+    nodes: list[NodeProgress]
+
+
+FromPeer = Hello | Join | Leave | Ask | Done | Progress | Failed | Report | Ping | Preheat | Filled
+FromScheduler = Welcome | Neighbours | Answer | Order | Revoke | Fill | Preheated | Ping
+
+_encoder = msgspec.msgpack.Encoder()
+_from_peer = msgspec.msgpack.Decoder(FromPeer)
+_from_scheduler = msgspec.msgpack.Decoder(FromScheduler)
+
+
+def encode(message: FromPeer | FromScheduler) -> bytes:
+    """Return a message as one frame, its length in front."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise FormatError(f"message {type(message).__name__} of {len(body)} bytes, expected at most {MAX_FRAME}")
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode_from_peer(body: bytes | bytearray | memoryview) -> FromPeer:
+    """Return the message of a frame that a scheduler got. Raises FormatError."""
+    try:
+        return _from_peer.decode(body)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise FormatError(f"message of {len(body)} bytes is not understood: {error}") from None
+
+
+def decode_from_scheduler(body: bytes | bytearray | memoryview) -> FromScheduler:
+    """Return the message of a frame that a peer got. Raises FormatError."""
+    try:
+        return _from_scheduler.decode(body)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise FormatError(f"message of {len(body)} bytes is not understood: {error}") from None
