@@ -1,7 +1,7 @@
 """Messages between a peer and a scheduler: msgpack arrays with a tag in front. docs/protocol/swarm.md.
 
-Decided here: names, order of fields, bounds. Rule: new fields go to the end with a default, so old and new understand each other; what does not
-decode is a FormatError, never a guess.
+Decided here: names, order of fields, bounds. Rule: new fields go to the end with a default, so old and new understand each other; what does
+not decode is a FormatError, never a guess.
 """
 
 from __future__ import annotations
@@ -63,11 +63,7 @@ class Contact(msgspec.Struct, array_like=True, frozen=True):
     kind: Kind = Kind.PEER
 
 
-class _Message(msgspec.Struct, array_like=True, frozen=True, tag_field="tag"):
-    pass
-
-
-class Hello(_Message, tag="hello"):
+class Hello(msgspec.Struct, array_like=True, frozen=True, tag="hello"):
     """First of a connection."""
 
     version: int
@@ -80,14 +76,14 @@ class Hello(_Message, tag="hello"):
     address: Name = ""
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(msgspec.Struct, array_like=True, frozen=True, tag="welcome"):
     """Answer to it."""
 
     version: int
     heartbeat_s: float
 
 
-class Join(_Message, tag="join"):
+class Join(msgspec.Struct, array_like=True, frozen=True, tag="join"):
     """Take part in a task."""
 
     task: Task
@@ -96,20 +92,20 @@ class Join(_Message, tag="join"):
     have: Annotated[bytes, msgspec.Meta(max_length=MAX_GROUPS // 8)] = b""
 
 
-class Leave(_Message, tag="leave"):
+class Leave(msgspec.Struct, array_like=True, frozen=True, tag="leave"):
     """Take part no longer."""
 
     task: Task
 
 
-class Neighbours(_Message, tag="neighbours"):
+class Neighbours(msgspec.Struct, array_like=True, frozen=True, tag="neighbours"):
     """More peers to exchange have-maps with."""
 
     task: Task
     peers: list[Contact]
 
 
-class Ask(_Message, tag="ask"):
+class Ask(msgspec.Struct, array_like=True, frozen=True, tag="ask"):
     """Who has these groups, or may I fetch them?"""
 
     number: Count
@@ -126,28 +122,28 @@ class Ruling(msgspec.Struct, array_like=True, frozen=True):
     peer: Contact | None = None
 
 
-class Answer(_Message, tag="answer"):
+class Answer(msgspec.Struct, array_like=True, frozen=True, tag="answer"):
     """Answer to `ask`."""
 
     number: Count
     rulings: list[Ruling]
 
 
-class Done(_Message, tag="done"):
+class Done(msgspec.Struct, array_like=True, frozen=True, tag="done"):
     """These groups are complete here."""
 
     task: Task
     groups: Groups
 
 
-class Progress(_Message, tag="progress"):
+class Progress(msgspec.Struct, array_like=True, frozen=True, tag="progress"):
     """These leases are alive."""
 
     task: Task
     groups: Groups
 
 
-class Failed(_Message, tag="failed"):
+class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
     """These leases are given back."""
 
     task: Task
@@ -155,7 +151,7 @@ class Failed(_Message, tag="failed"):
     reason: Text = ""
 
 
-class Order(_Message, tag="order"):
+class Order(msgspec.Struct, array_like=True, frozen=True, tag="order"):
     """Fetch this group: its lease is yours."""
 
     task: Task
@@ -163,14 +159,14 @@ class Order(_Message, tag="order"):
     image: Text = ""
 
 
-class Revoke(_Message, tag="revoke"):
+class Revoke(msgspec.Struct, array_like=True, frozen=True, tag="revoke"):
     """These leases are no longer yours."""
 
     task: Task
     groups: Groups
 
 
-class Report(_Message, tag="report"):
+class Report(msgspec.Struct, array_like=True, frozen=True, tag="report"):
     """Another peer has failed me."""
 
     task: Task
@@ -178,11 +174,11 @@ class Report(_Message, tag="report"):
     what: Complaint
 
 
-class Ping(_Message, tag="ping"):
+class Ping(msgspec.Struct, array_like=True, frozen=True, tag="ping"):
     """I am alive."""
 
 
-class Preheat(_Message, tag="preheat"):
+class Preheat(msgspec.Struct, array_like=True, frozen=True, tag="preheat"):
     """Have an image fetched by seeds, or by all peers."""
 
     number: Count
@@ -191,7 +187,7 @@ class Preheat(_Message, tag="preheat"):
     options: dict[str, str] = {}
 
 
-class Fill(_Message, tag="fill"):
+class Fill(msgspec.Struct, array_like=True, frozen=True, tag="fill"):
     """Fetch all of an image."""
 
     number: Count
@@ -199,7 +195,7 @@ class Fill(_Message, tag="fill"):
     options: dict[str, str] = {}
 
 
-class Filled(_Message, tag="filled"):
+class Filled(msgspec.Struct, array_like=True, frozen=True, tag="filled"):
     """How far that is."""
 
     number: Count
@@ -217,7 +213,7 @@ class NodeProgress(msgspec.Struct, array_like=True, frozen=True):
     error: Text = ""
 
 
-class Preheated(_Message, tag="preheated"):
+class Preheated(msgspec.Struct, array_like=True, frozen=True, tag="preheated"):
     """How far all of them are."""
 
     number: Count
@@ -228,8 +224,8 @@ FromPeer = Hello | Join | Leave | Ask | Done | Progress | Failed | Report | Ping
 FromScheduler = Welcome | Neighbours | Answer | Order | Revoke | Fill | Preheated | Ping
 
 _encoder = msgspec.msgpack.Encoder()
-_from_peer = msgspec.msgpack.Decoder(FromPeer)
-_from_scheduler = msgspec.msgpack.Decoder(FromScheduler)
+_from_peer: msgspec.msgpack.Decoder[FromPeer] = msgspec.msgpack.Decoder(FromPeer)
+_from_scheduler: msgspec.msgpack.Decoder[FromScheduler] = msgspec.msgpack.Decoder(FromScheduler)
 
 
 def encode(message: FromPeer | FromScheduler) -> bytes:
