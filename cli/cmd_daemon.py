@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -15,6 +15,7 @@ from rafsfs.fetch.source import FetchSettings
 from .options import SizeType, cache_dir_option, option
 from .process import wait_ended
 from .run import run_async
+from .swarm import swarm_factory, swarm_options, take_swarm_options
 
 _STOP_S: Final = 60.0
 """Longest wait for a daemon to bring what it has fetched to the disk."""
@@ -54,23 +55,33 @@ _STOP_S: Final = 60.0
     show_default=True,
     help="How much is logged, on standard error.",
 )
+@swarm_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
 @option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
 def command(
-    cache_dir: str, connections: int, buffer_size: int, readahead: int, log_level: str, stop: bool, unmount: bool
+    cache_dir: str,
+    connections: int,
+    buffer_size: int,
+    readahead: int,
+    log_level: str,
+    stop: bool,
+    unmount: bool,
+    **options: Any,
 ) -> None:
     """Run the node daemon of the cache directory until it is told to stop.
 
     Other commands start it when they need it; run it yourself to give it options, or under a supervisor.
 
-    Example: rafs daemon --cache-dir /var/lib/rafs
+    Example: rafs daemon --cache-dir /var/lib/rafs --scheduler scheduler.example:7946
     """
     if stop:
         run_async(_stop, cache_dir, unmount)
         return
     logs.configure(log_level)
     fetch = FetchSettings(connections=connections, buffer_bytes=buffer_size, readahead_bytes=readahead)
-    run_async(run_daemon, cache_dir, DaemonSettings(fetch=fetch))
+    swarm = take_swarm_options(options)
+    settings = DaemonSettings(fetch=fetch, swarm=swarm_factory(swarm), keeps_images=swarm.seed)
+    run_async(run_daemon, cache_dir, settings)
 
 
 async def _stop(cache_dir: str, unmount: bool) -> None:

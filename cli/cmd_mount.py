@@ -24,6 +24,7 @@ from .options import (
     mountpoint_of,
     option,
     registry_options,
+    scheduler_option,
     take_registry_options,
 )
 from .output import print_json
@@ -65,6 +66,7 @@ _WORKER_END_S: Final = 5.0
     show_default=True,
     help="A read that cannot be served fails with EIO after this long.",
 )
+@scheduler_option
 @option("--foreground", is_flag=True, envvar="RAFS_FOREGROUND", help="Stay until Ctrl-C, then unmount.")
 @cache_dir_option
 @json_option
@@ -81,6 +83,7 @@ def command(ref: str, directory: str, cache_dir: str, foreground: bool, as_json:
         "mode": options["mode"],
         "prefetch": options["prefetch"],
         "deadline_s": options["deadline"],
+        "scheduler": options["scheduler"],
     }
     if foreground:
         run_async(_foreground, cache_dir, params)
@@ -108,6 +111,8 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
     from rafsfs.daemon.server import DaemonSettings, run_daemon  # noqa: PLC0415
     from rafsfs.fetch.source import FetchSettings  # noqa: PLC0415
 
+    from .swarm import settings_from_environment, swarm_factory  # noqa: PLC0415
+
     logs.configure()
     failure: list[RafsError] = []
 
@@ -116,7 +121,9 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
         def ready(daemon: Daemon) -> None:
             nursery.start_soon(_mount_in, cache_dir, params, daemon, failure)
 
-        settings = DaemonSettings(fetch=FetchSettings(deadline_s=params["deadline_s"]))
+        settings = DaemonSettings(
+            fetch=FetchSettings(deadline_s=params["deadline_s"]), swarm=swarm_factory(settings_from_environment())
+        )
         await run_daemon(cache_dir, settings, ready=ready)
     if failure:
         raise failure[0]

@@ -8,28 +8,38 @@ import click
 
 from rafsfs.daemon.launch import connect
 
-from .options import cache_dir_option, for_daemon, json_option, registry_options, take_registry_options
+from .options import (
+    cache_dir_option,
+    for_daemon,
+    json_option,
+    registry_options,
+    scheduler_option,
+    take_registry_options,
+)
 from .output import print_json, progress_bar, size
 from .run import run_async
 
 
 @click.command("pull")
 @click.argument("ref")
+@scheduler_option
 @cache_dir_option
 @json_option
 @registry_options
-def command(ref: str, cache_dir: str, as_json: bool, **options: Any) -> None:
+def command(ref: str, scheduler: str, cache_dir: str, as_json: bool, **options: Any) -> None:
     """Fetch all of the image REF into the node's cache, so that mounts need no registry.
 
     Example: rafs pull registry.example/models/llama:v1
     """
-    result = run_async(_pull, cache_dir, for_daemon(ref, take_registry_options(options)), not as_json)
+    params = for_daemon(ref, take_registry_options(options)) | {"scheduler": scheduler}
+    result = run_async(_pull, cache_dir, params, not as_json)
     if as_json:
         print_json(result)
     else:
         print(
             f"{ref}@{result['digest']}: {size(result['data_bytes'])} present, {size(result['fetched_bytes'])} fetched, "
-            f"{size(result['local_bytes'])} copied from other images, {result['seconds']:.1f} s"
+            f"{size(result['peer_bytes'])} from other nodes, {size(result['local_bytes'])} copied from other images, "
+            f"{result['seconds']:.1f} s"
         )
 
 

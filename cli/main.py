@@ -30,7 +30,9 @@ COMMANDS: Final = {
     "inspect": "Show what an image is made of.",
     "ls": "List files of an image.",
     "mount": "Mount an image.",
+    "preheat": "Have an image fetched by seeds or all nodes.",
     "pull": "Fill the node's cache with an image.",
+    "scheduler": "Run a scheduler for nodes that share what they fetch.",
     "status": "Show the daemon and its mounts.",
     "umount": "Take a mount away.",
 }

@@ -16,7 +16,9 @@ from rafsfs.units import parse_duration, parse_size
 if TYPE_CHECKING:
     from rafsfs.registry.options import RegistryOptions
 
-SHARED: Final = frozenset({"cache_dir", "plain_http", "ca_file", "client_cert", "client_key", "registry_timeout"})
+SHARED: Final = frozenset(
+    {"cache_dir", "plain_http", "ca_file", "client_cert", "client_key", "registry_timeout", "scheduler"}
+)
 """What can stand outside the tables of rafs.toml: options that mean the same for every command."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -70,6 +72,17 @@ def cache_dir_option(function: _F) -> _F:
         type=click.Path(file_okay=False),
         default=default_cache_dir,
         help="Cache directory of the node; one daemon each.  [default: /var/lib/rafs for root, else ~/.cache/rafs]",
+    )(function)
+
+
+def scheduler_option(function: _F) -> _F:
+    """Add --scheduler."""
+    return option(
+        "--scheduler",
+        envvar="RAFS_SCHEDULER",
+        default="",
+        metavar="HOST:PORT[,...]",
+        help="Share what is fetched with the nodes of this scheduler.",
     )(function)
 
 

@@ -6,11 +6,15 @@ a protocol asks which implementation it has.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .types import Descriptor, Digest
+
+if TYPE_CHECKING:
+    from .store.data_space import DataSpace
 
 
 class BlobStream(Protocol):
@@ -100,3 +104,59 @@ class ImageStore(Protocol):
 
     async def aclose(self) -> None:
         """Close connections. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Obtained:
+    """What is left of chunks that a swarm was asked for."""
+
+    ours: list[int]
+    """To be fetched from the registry by this node."""
+    waiting: list[int]
+    """Somebody else fetches them: `requeue` gives them back."""
+
+
+class Swarm(Protocol):
+    """The other nodes, as the fetch pipeline of a daemon sees them. Implemented by p2p/swarm.py. Methods that are not async have
+    no checkpoint.
+    """
+
+    requeue: Callable[[bytes, int], None]
+    """Called with (space id, chunk) when a chunk that was waiting is to be asked for again."""
+    fill_group: Callable[[bytes, list[int]], None]
+    """Called with chunks that are this node's to fetch, whether anybody here reads them or not."""
+    fill_image: Callable[[str, dict[str, str], Callable[[int, int, str], None]], None]
+    """Called with (image, registry options, report) of an image that this node is to fetch whole; report(done, total, error)."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is a swarm to take part in."""
+
+    async def use(self, schedulers: str) -> None:
+        """Take part in the swarm of `HOST:PORT[,...]`, besides others. Raises UsageError."""
+
+    def enter(self, space: DataSpace, image: str) -> None:
+        """Take part in the distribution of a data space. `image`: the reference that it belongs to."""
+
+    def leave(self, space_id: bytes) -> None:
+        """Take part in it no longer."""
+
+    async def obtain(
+        self, space: DataSpace, chunks: list[int], *, urgent: bool, landed: Callable[[int, str], None]
+    ) -> Obtained:
+        """Get chunks from other nodes, verified and stored, and call landed(chunk, "peer") for each. Raises CacheError."""
+
+    def landed(self, space_id: bytes, chunk: int) -> None:
+        """Say that a chunk is present now, from wherever it came."""
+
+    def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:
+        """Say that the registry did not give chunks that were ours to fetch."""
+
+    def order(self, space: DataSpace, batches: list[list[int]]) -> list[list[int]]:
+        """Return batches of chunks in the order in which to prefetch them."""
+
+    def guard(self) -> AbstractAsyncContextManager[None]:
+        """Hold while a registry is read: bounds how many do so at once when nobody coordinates them."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a status shows of it."""

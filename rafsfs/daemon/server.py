@@ -21,7 +21,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -41,7 +41,8 @@ from ..fetch.fetcher import Fetcher, open_fetcher
 from ..fetch.source import FetchSettings
 from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount
 from ..fuse.spec import MountSpec, load_specs
-from ..registry.reference import parse_reference
+from ..interfaces import Swarm
+from ..registry.reference import Reference, parse_reference
 from ..registry.store import RegistryOptions
 from ..store.cache import Cache
 from ..types import Digest
@@ -65,13 +66,28 @@ class DaemonSettings:
     """What a daemon is run with."""
 
     fetch: FetchSettings = field(default_factory=FetchSettings)
+    swarm: Callable[[Cache], AbstractAsyncContextManager[Swarm]] | None = None
+    """Makes the peer of this node; None: a node by itself."""
+    keeps_images: bool = False
+    """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
 
 
 class Daemon:
     """The daemon's state and methods."""
 
-    def __init__(self, cache: Cache, fetcher: Fetcher, nursery: trio.Nursery, settings: DaemonSettings) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        fetcher: Fetcher,
+        nursery: trio.Nursery,
+        settings: DaemonSettings,
+        swarm: Swarm | None = None,
+    ) -> None:
         self._cache = cache
+        self._swarm = swarm
+        if swarm is not None:
+            swarm.fill_image = self._fill_image
+        self._fillings: dict[str, list[Callable[[int, int, str], None]]] = {}
         self._fetcher = fetcher
         self._nursery = nursery
         self._settings = settings
@@ -151,7 +167,8 @@ class Daemon:
         try:
             await trio.to_thread.run_sync(check_mountpoint, mountpoint)
             options = _options(params)
-            opened = await self._images.open(parse_reference(params["ref"]), options)
+            await self._use_scheduler(params.get("scheduler", ""))
+            opened = await self._open(params["ref"], options)
             try:
                 spec = MountSpec(
                     id=os.urandom(8).hex(),
@@ -165,6 +182,7 @@ class Daemon:
                     allow_other=may_allow_other(),
                     has_xattrs=(await trio.to_thread.run_sync(opened.image.manifest)).has_xattrs,
                     registry=asdict(options),
+                    scheduler=params.get("scheduler", ""),
                     daemon_argv=daemon_argv(self._cache.path),
                 )
                 mount = await self._run_mount(spec, opened)
@@ -247,6 +265,7 @@ class Daemon:
             },
             "mounts": [self._mount_status(mount) for mount in self._mounts.values()],
             "fetch": dict(self._fetcher.counters),
+            "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
         }
 
     def _mount_status(self, mount: Mount) -> dict[str, Any]:
@@ -254,7 +273,8 @@ class Daemon:
 
     async def _pull(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         started = time.monotonic()
-        opened = await self._images.open(parse_reference(params["ref"]), _options(params))
+        await self._use_scheduler(params.get("scheduler", ""))
+        opened = await self._open(params["ref"], _options(params))
         counted: Counter[str] = Counter()
         try:
             async with trio.open_nursery() as nursery:
@@ -272,6 +292,7 @@ class Daemon:
             "data_bytes": opened.data_bytes,
             "fetched_bytes": counted["origin"],
             "local_bytes": counted["local"],
+            "peer_bytes": counted["peer"],
             "seconds": round(time.monotonic() - started, 3),
         }
 
@@ -279,6 +300,77 @@ class Daemon:
         while True:
             progress({"done": self._images.present_bytes(opened.source), "total": opened.data_bytes})
             await trio.sleep(PROGRESS_S)
+
+    async def _use_scheduler(self, schedulers: str) -> None:
+        if schedulers:
+            if self._swarm is None:
+                raise UsageError("this daemon takes part in no swarm; start it by `rafs daemon`")
+            await self._swarm.use(schedulers)
+
+    async def _open(self, ref: str, options: RegistryOptions) -> OpenedImage:
+        """Open an image, and take part in its distribution."""
+        reference = parse_reference(ref)
+        opened = await self._images.open(reference, options)
+        self._fetcher.enter_swarm(opened.source, str(reference.with_digest(opened.image.digest)))
+        return opened
+
+    def _fill_image(self, image: str, options: dict[str, str], report: Callable[[int, int, str], None]) -> None:
+        """Fetch all of an image because a scheduler says so; twice at once is one filling with two listeners. No checkpoint."""
+        waiting = self._fillings.get(image)
+        if waiting is not None:
+            waiting.append(report)
+            return
+        self._fillings[image] = [report]
+        self._nursery.start_soon(self._fill, image, options)
+
+    async def _fill(self, image: str, options: dict[str, str]) -> None:
+        reports = self._fillings[image]
+
+        def tell(done: int, total: int, error: str = "") -> None:
+            for report in reports:
+                report(done, total, error)
+
+        async def tell_now_and_then(opened: OpenedImage) -> None:
+            while True:
+                tell(min(self._images.present_bytes(opened.source), opened.data_bytes - 1), opened.data_bytes)
+                await trio.sleep(1)
+
+        try:
+            plain = RegistryOptions(plain_http=options.get("plain_http") == "yes")
+            opened = await self._open(image, plain)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell_now_and_then, opened)
+                await self._fetcher.prefetch_all(opened.source)
+                nursery.cancel_scope.cancel()
+            await trio.to_thread.run_sync(self._cache.sync)
+            _log.info("image filled: ref=%s bytes=%d", image, opened.data_bytes)
+            tell(opened.data_bytes, opened.data_bytes)
+            # The image stays open: others fetch it from here.
+        except (RafsError, BaseExceptionGroup) as error:
+            cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+            if not isinstance(cause, RafsError):
+                raise
+            _log.warning("image could not be filled: ref=%s cause=%s", image, cause)
+            tell(0, 0, str(cause))
+        finally:
+            del self._fillings[image]
+
+    async def offer_cached_images(self) -> None:
+        """Open every image of the cache, so that others can have it from here."""
+        for image, reference in await trio.to_thread.run_sync(self._cached_images):
+            try:
+                await self._open(str(reference.with_digest(image)), RegistryOptions())
+            except RafsError as error:
+                _log.warning("cached image is not offered: ref=%s cause=%s", reference, error)
+
+    def _cached_images(self) -> list[tuple[Digest, Reference]]:
+        found = []
+        for image in self._cache.images():
+            names = image.references()
+            if names:
+                with suppress(UsageError):
+                    found.append((image.digest, parse_reference(names[0])))
+        return found
 
     def _mounted_digests(self) -> set[str]:
         return {mount.spec.digest for mount in self._mounts.values()}
@@ -300,7 +392,8 @@ class Daemon:
     async def _restore(self, spec: MountSpec) -> None:
         try:
             reference = parse_reference(spec.ref).with_digest(Digest(spec.digest))
-            opened = await self._images.open(reference, RegistryOptions(**spec.registry))
+            await self._use_scheduler(spec.scheduler)
+            opened = await self._open(str(reference), RegistryOptions(**spec.registry))
         except (RafsError, TypeError) as error:
             _log.error("mount cannot be restored: mountpoint=%s cause=%s", spec.mountpoint, error)
             if not spec.worker_alive():
@@ -373,14 +466,19 @@ async def run_daemon(
 async def _run(
     cache: Cache, listener: trio.SocketListener, settings: DaemonSettings, ready: Callable[[Daemon], None] | None
 ) -> None:
-    async with open_fetcher(cache, settings.fetch) as fetcher, trio.open_nursery() as nursery:
-        daemon = Daemon(cache, fetcher, nursery, settings)
+    async with AsyncExitStack() as stack:
+        swarm = await stack.enter_async_context(settings.swarm(cache)) if settings.swarm else None
+        fetcher = await stack.enter_async_context(open_fetcher(cache, settings.fetch, swarm))
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        daemon = Daemon(cache, fetcher, nursery, settings, swarm)
         nursery.start_soon(daemon.sync_for_ever)
         nursery.start_soon(trio.serve_listeners, daemon.serve, [listener])
         nursery.start_soon(_stop_on_signal, daemon)
         nursery.start_soon(_warm_up)
         _log.info("daemon started: pid=%d cache=%s version=%s", os.getpid(), cache.path, __version__)
         nursery.start_soon(daemon.restore_mounts)
+        if settings.keeps_images:
+            nursery.start_soon(daemon.offer_cached_images)
         if ready:
             ready(daemon)
         await daemon.stop_requested.wait()

@@ -35,7 +35,7 @@ from ..errors import (
 )
 from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
-from ..interfaces import BlobStream, ImageStore
+from ..interfaces import BlobStream, ImageStore, Swarm
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
@@ -46,6 +46,8 @@ from .source import QUIET_BYTES, FetchSettings, Source
 
 _log = logging.getLogger(__name__)
 
+SWARM_BATCH = 4 << 20
+"""Bytes of a batch of prefetch with a swarm: the order of rarity is decided per batch."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
@@ -53,9 +55,13 @@ _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 class Fetcher:
     """The pipeline. Made by `open_fetcher`."""
 
-    def __init__(self, cache: Cache, settings: FetchSettings) -> None:
+    def __init__(self, cache: Cache, settings: FetchSettings, swarm: Swarm | None = None) -> None:
         self._cache = cache
         self.settings = settings
+        self._swarm = swarm
+        if swarm is not None:
+            swarm.requeue = self._requeue
+            swarm.fill_group = self._fill_group
         self._sources: list[Source] = []
         self._queue = FlightQueue()
         self._threads = trio.CapacityLimiter(settings.threads)
@@ -77,6 +83,14 @@ class Fetcher:
         )
         self._sources.append(source)
         return source
+
+    def enter_swarm(self, source: Source, image: str) -> None:
+        """Take part in the distribution of a source's data spaces, if there is a swarm. No checkpoint."""
+        if self._swarm is not None:
+            for space_id in source.spaces:
+                space = self._cache.opened_space(space_id)
+                if space is not None and space.table.count:
+                    self._swarm.enter(space, image)
 
     def remove_source(self, source: Source) -> None:
         """Take a source out. Flights that use it finish or fail by themselves."""
@@ -129,9 +143,12 @@ class Fetcher:
             space = self._cache.opened_space(space_id)
             if space is None:
                 continue
+            batches = list(_batches(space, window // 2))
+            if self._swarm is not None and self._swarm.is_active:
+                batches = self._swarm.order(space, list(_batches(space, SWARM_BATCH)))
             async with trio.open_nursery() as nursery:
-                limiter = trio.Semaphore(2)
-                for batch in _batches(space, window // 2):
+                limiter = trio.Semaphore(2 if batches and len(batches[0]) > 8 else 8)
+                for batch in batches:
                     await limiter.acquire()
                     nursery.start_soon(self._fill, space_id, batch, limiter, on_behalf)
 
@@ -185,10 +202,19 @@ class Fetcher:
         attempt = 0
         started = trio.current_time()
         while waiting:
-            cause = await self._try_sources(waiting)
+            if self._swarm is not None and self._swarm.is_active:
+                waiting = await self._ask_swarm(self._swarm, waiting)
+                if not waiting:
+                    return
+                async with self._swarm.guard():
+                    cause = await self._try_sources(waiting)
+            else:
+                cause = await self._try_sources(waiting)
             waiting = [flight for flight in of_batch(batch) if flight in waiting]
             if not waiting:
                 return
+            if self._swarm is not None:
+                self._swarm.gave_up(waiting[0].space.space_id, [flight.index for flight in waiting], str(cause))
             for flight in list(waiting):
                 if flight.corrupt >= 2 or not isinstance(cause, (UnavailableError, IntegrityError)):
                     self._land(flight, cause)
@@ -207,6 +233,41 @@ class Fetcher:
             self.counters["retries"] += 1
             await trio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
+
+    async def _ask_swarm(self, swarm: Swarm, flights: list[Flight]) -> list[Flight]:
+        """Get what other nodes have; park what they are fetching; return what is ours to fetch."""
+        by_index = {flight.index: flight for flight in flights}
+
+        def landed(chunk: int, origin: str) -> None:
+            flight = by_index[chunk]
+            flight.origin = origin
+            self._land(flight, None)
+
+        urgent = any(flight.priority is Priority.DEMAND for flight in flights)
+        obtained = await swarm.obtain(flights[0].space, sorted(by_index), urgent=urgent, landed=landed)
+        for chunk in obtained.waiting:
+            if not by_index[chunk].done.is_set():
+                self._queue.set_aside(by_index[chunk])
+        for flight in flights:
+            # Somebody else may have stored it meanwhile.
+            if flight.batch is not None and not flight.done.is_set() and flight.space.is_present(flight.index):
+                self._land(flight, None)
+        ours = set(obtained.ours)
+        return [flight for flight in flights if flight.index in ours and not flight.done.is_set()]
+
+    def _requeue(self, space_id: bytes, chunk: int) -> None:
+        """Queue a chunk that was waiting for another node. No checkpoint."""
+        space = self._cache.opened_space(space_id)
+        flight = self._queue.find(space, chunk) if space is not None else None
+        if flight is not None and flight.is_aside:
+            self._queue.unpark(flight)
+
+    def _fill_group(self, space_id: bytes, chunks: list[int]) -> None:
+        """Fetch chunks that other nodes wait for, behind what is read here. No checkpoint."""
+        space = self._cache.opened_space(space_id)
+        if space is not None:
+            for chunk in space.missing(chunks):
+                self._queue.start(space, chunk, None)
 
     async def _try_sources(self, flights: list[Flight]) -> RafsError:
         """Try every source for the flights that have not landed; return the last cause of failure."""
@@ -391,8 +452,13 @@ class Fetcher:
         flight.error = error
         self._queue.remove(flight)
         self.counters["failed" if error else "landed"] += 1
-        if error is None and flight.sponsor is not None:
-            flight.sponsor[flight.origin] += flight.space.table.extent(flight.index)[1]
+        if error is None:
+            size = flight.space.table.extent(flight.index)[1]
+            self.counters[f"{flight.origin or 'local'}_bytes"] += size
+            if flight.sponsor is not None:
+                flight.sponsor[flight.origin] += size
+            if self._swarm is not None:
+                self._swarm.landed(flight.space.space_id, flight.index)
         flight.done.set()
         if error is not None and not isinstance(error, DaemonError):
             self._note([flight], error)
@@ -434,9 +500,9 @@ class Fetcher:
 
 
 @asynccontextmanager
-async def open_fetcher(cache: Cache, settings: FetchSettings) -> AsyncIterator[Fetcher]:
+async def open_fetcher(cache: Cache, settings: FetchSettings, swarm: Swarm | None = None) -> AsyncIterator[Fetcher]:
     """Run a fetch pipeline over `cache` until the block ends; then all that waits fails with DaemonError."""
-    fetcher = Fetcher(cache, settings)
+    fetcher = Fetcher(cache, settings, swarm)
     async with trio.open_nursery() as nursery:
         for number in range(settings.connections):
             nursery.start_soon(_worker, fetcher, number < settings.demand_reserve)

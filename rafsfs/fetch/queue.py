@@ -46,6 +46,8 @@ class Flight:
     """The batch that a worker flies it in; None while it is queued or parked."""
     base: Flight | None = None
     """What it is parked for."""
+    is_aside: bool = False
+    """Whether it waits for another node."""
     parked: list[Flight] = field(default_factory=list)
     """Those that need this one as their base."""
 
@@ -99,9 +101,15 @@ class FlightQueue:
         flight.base = base
         base.parked.append(flight)
 
+    def set_aside(self, flight: Flight) -> None:
+        """Take a flight out of its batch until another node has the chunk, or has had time enough."""
+        flight.batch = None
+        flight.is_aside = True
+
     def unpark(self, flight: Flight) -> None:
-        """Queue a flight whose base has landed."""
+        """Queue a flight whose base has landed, or that has waited for another node."""
         flight.base = None
+        flight.is_aside = False
         flight.started = False
         self.enqueue(flight)
 
@@ -120,6 +128,8 @@ class FlightQueue:
         if flight.base is not None:
             if priority < flight.base.priority:
                 self._hasten(flight.base, priority)
+        elif flight.is_aside:
+            pass  # queued as what it is when it comes back
         elif not flight.started:
             self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
             self._notify()

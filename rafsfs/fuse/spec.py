@@ -33,6 +33,8 @@ class MountSpec:
     has_xattrs: bool = True
     registry: dict[str, Any] = field(default_factory=dict)
     """RegistryOptions as a dict: paths and switches."""
+    scheduler: str = ""
+    """Schedulers that the mount was made with, `HOST:PORT[,...]`."""
     daemon_argv: list[str] = field(default_factory=list)
     """What a worker runs when it needs a daemon and none answers."""
     worker_pid: int = 0

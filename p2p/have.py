@@ -1,0 +1,119 @@
+"""Have-maps on the wire: the stream of frames with which a peer tells its neighbours what it has. Pure, but for the queue of one
+subscriber.
+
+Frames: length u32 big-endian, msgpack. `[0, bitmap]` all of it, `[1, [chunk, ...]]` more, `[2, [group, ...]]` what is being fetched from
+the registry. docs/protocol/swarm.md.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+import trio
+
+from rafsfs.errors import FormatError
+
+from .protocol.groups import unpack_bits
+
+MAX_FRAME: Final = 4 << 20
+_ALL: Final = 0
+_MORE: Final = 1
+_PENDING: Final = 2
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(tuple[int, bytes | list[int]])
+
+
+def all_frame(bits: bytes) -> bytes:
+    """Return the frame of a whole have-map."""
+    return _frame([_ALL, bits])
+
+
+def more_frame(chunks: list[int]) -> bytes:
+    """Return the frame of chunks that have come; none: still here."""
+    return _frame([_MORE, chunks])
+
+
+def pending_frame(groups: list[int]) -> bytes:
+    """Return the frame of groups that are being fetched."""
+    return _frame([_PENDING, groups])
+
+
+def _frame(value: list[object]) -> bytes:
+    body = _encoder.encode(value)
+    return len(body).to_bytes(4, "big") + body
+
+
+class HaveReader:
+    """Takes the bytes of a stream, keeps the map. What does not make sense is a FormatError."""
+
+    def __init__(self, have: bytearray) -> None:
+        self._have = have
+        self._buffer = bytearray()
+        self.pending: set[int] = set()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[int]:
+        """Take bytes; return the chunks that are new."""
+        self._buffer += data
+        fresh: list[int] = []
+        while len(self._buffer) >= 4:
+            length = int.from_bytes(self._buffer[:4], "big")
+            if length > MAX_FRAME:
+                raise FormatError(f"have-map frame of {length} bytes, expected at most {MAX_FRAME}")
+            if len(self._buffer) < 4 + length:
+                break
+            fresh += self._take(bytes(self._buffer[4 : 4 + length]))
+            del self._buffer[: 4 + length]
+        return fresh
+
+    def _take(self, body: bytes) -> list[int]:
+        try:
+            kind, value = _decoder.decode(body)
+        except msgspec.DecodeError as error:
+            raise FormatError(f"have-map frame is not understood: {error}") from None
+        if kind == _PENDING and isinstance(value, list):
+            self.pending = set(value[: 1 << 16])
+            return []
+        if kind == _ALL and isinstance(value, bytes):
+            chunks = unpack_bits(value, len(self._have))
+        elif kind == _MORE and isinstance(value, list):
+            chunks = value
+        else:
+            return []  # of a later version
+        fresh = []
+        for chunk in chunks:
+            if not 0 <= chunk < len(self._have):
+                raise FormatError(f"have-map names chunk {chunk} of {len(self._have)}")
+            if not self._have[chunk]:
+                self._have[chunk] = 1
+                fresh.append(chunk)
+        return fresh
+
+
+class Subscriber:
+    """What one neighbour has not been told yet."""
+
+    def __init__(self) -> None:
+        self._chunks: list[int] = []
+        self._pending: list[int] | None = None
+        self._event = trio.Event()
+
+    def add(self, chunk: int) -> None:
+        """A chunk has come. No checkpoint."""
+        self._chunks.append(chunk)
+        self._event.set()
+
+    def set_pending(self, groups: list[int]) -> None:
+        """These groups are being fetched. No checkpoint."""
+        self._pending = groups
+        self._event.set()
+
+    async def next(self, keep_alive_s: float) -> bytes:
+        """Return the next frames, after something has changed or the time is up."""
+        with trio.move_on_after(keep_alive_s):
+            await self._event.wait()
+        self._event = trio.Event()
+        chunks, self._chunks = self._chunks, []
+        pending, self._pending = self._pending, None
+        frames = more_frame(chunks) if chunks or pending is None else b""
+        return frames + (pending_frame(pending) if pending is not None else b"")

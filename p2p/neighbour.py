@@ -1,0 +1,195 @@
+"""A neighbour as this peer sees it: where it is, how it has served, and its have-map of one task, kept by listening to it.
+
+Concurrency: `listen` is one task; it alone changes the have-map, between checkpoints. `fetch` may run several times at once. Cancelled,
+`fetch` leaves chunks that are stored stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from rafsfs.errors import FormatError, IntegrityError, RemoteError, UnavailableError
+from rafsfs.fetch.buffers import BufferPool
+from rafsfs.net.http1 import HttpPool, Response
+from rafsfs.net.origin import Origin, Target
+from rafsfs.store.data_space import DataSpace
+
+from .entitlement import proof, whole_proof
+from .have import HaveReader
+from .protocol.messages import Contact
+from .selection import FIRST_RATE, Offer, Run
+
+_log = logging.getLogger(__name__)
+
+_SILENT_S: Final = 6.0
+"""A neighbour that says nothing for this long on its have-map is gone."""
+STALL_S: Final = 3.0
+"""A chunk that takes this long, and more than FACTOR times what the rate of the neighbour lets expect, is taken from somebody else."""
+_FACTOR: Final = 4.0
+_WEIGHT: Final = 0.3
+
+
+class BusyError(UnavailableError):
+    """The neighbour has no slot free."""
+
+
+class AbsentError(UnavailableError):
+    """The neighbour does not have the chunk, whatever its map says."""
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """Another node, over all tasks."""
+
+    contact: Contact
+    origin: Origin
+    rate: float = FIRST_RATE
+    under_way: int = 0
+    bytes_got: int = 0
+    banned: bool = False
+    rests_until: float = 0.0
+
+    def note(self, size: int, seconds: float) -> None:
+        """Note a transfer."""
+        self.bytes_got += size
+        self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
+
+
+@dataclass(slots=True, eq=False)
+class Neighbour:
+    """Another node in one task."""
+
+    peer: Peer
+    space: DataSpace
+    have: bytearray
+    pending: set[int] = field(default_factory=set)
+    listening: bool = False
+
+    @property
+    def id(self) -> str:
+        """The id of the peer."""
+        return self.peer.contact.id
+
+    def offer(self) -> Offer:
+        """Return what selection needs to know."""
+        return Offer(self.have, self.peer.under_way, self.peer.rate)
+
+    async def listen(
+        self,
+        pool: HttpPool,
+        headers: dict[str, str],
+        came: Callable[[Neighbour, list[int]], None],
+        when_up: Callable[[], None],
+    ) -> None:
+        """Keep the have-map until the connection ends. Raises UnavailableError, RemoteError, FormatError."""
+        target = Target(self.peer.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
+        async with pool.get(target, headers) as response:
+            if response.status != 200:
+                raise RemoteError(f"{self.peer.origin} answered {response.status} when asked for its have-map")
+            reader = HaveReader(self.have)
+            buffer = memoryview(bytearray(64 << 10))
+            self.listening = True
+            when_up()
+            try:
+                while True:
+                    with trio.move_on_after(_SILENT_S) as scope:
+                        got = await response.read_some(buffer)
+                    if scope.cancelled_caught:
+                        raise UnavailableError(f"{self.peer.origin} has been silent for {_SILENT_S:g} s")
+                    if not got:
+                        raise UnavailableError(f"{self.peer.origin} ended its have-map")
+                    fresh = reader.feed(buffer[:got])
+                    self.pending = reader.pending
+                    came(self, fresh)
+                    if self.space.complete:
+                        return
+            finally:
+                self.listening = False
+                self.pending = set()
+
+    async def fetch(
+        self,
+        run: Run,
+        pool: HttpPool,
+        headers: dict[str, str],
+        buffers: BufferPool,
+        store: Callable[[int, memoryview], None],
+        landed: Callable[[int], None],
+    ) -> None:
+        """Get a run of chunks, each stored and announced as soon as it is here and right.
+
+        Raises IntegrityError for a chunk that is not what it should be, BusyError, AbsentError, UnavailableError, RemoteError.
+        """
+        table = self.space.table
+        self.peer.under_way += run.size
+        left = run.size
+        try:
+            async with self._request(run, pool, headers) as (response, count):
+                position = table.extent(run.first)[0]
+                async with trio.open_nursery() as nursery:
+                    for chunk in range(run.first, run.first + count):
+                        offset, length = table.extent(chunk)
+                        if offset > position:
+                            await response.readinto(memoryview(bytearray(offset - position)))
+                        held, view = buffers.take(length)
+                        started = trio.current_time()
+                        await self._within(response, view, length)
+                        self.peer.note(length, trio.current_time() - started)
+                        position = offset + length
+                        self.peer.under_way -= length
+                        left -= length
+                        nursery.start_soon(_keep, chunk, held, view, buffers, store, landed)
+        finally:
+            self.peer.under_way -= left
+
+    @asynccontextmanager
+    async def _request(self, run: Run, pool: HttpPool, headers: dict[str, str]) -> AsyncIterator[tuple[Response, int]]:
+        last = run.first + run.count - 1
+        shown = proof(self.space.table, run.first, last)
+        target = Target(self.peer.origin, f"/v1/{self.space.space_id.hex()}/{run.first}-{last}/{shown}")
+        with trio.move_on_after(STALL_S) as scope:
+            response = await pool.open(target, headers)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"{self.peer.origin} did not answer within {STALL_S:g} s")
+        try:
+            if response.status == 503:
+                raise BusyError(f"{self.peer.origin} is busy")
+            if response.status == 409:
+                raise AbsentError(f"{self.peer.origin} does not have chunk {run.first}")
+            if response.status != 200:
+                raise RemoteError(f"{self.peer.origin} answered {response.status}")
+            text = response.headers.get("rafs-chunks") or ""
+            if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= run.count:
+                raise RemoteError(f"{self.peer.origin} gives {text[:20]!r} chunks, expected 1 to {run.count}")
+            yield response, int(text)
+        finally:
+            response.close()
+
+    async def _within(self, response: Response, view: memoryview, length: int) -> None:
+        limit = max(STALL_S, _FACTOR * (self.peer.under_way + length) / max(self.peer.rate, 1.0))
+        with trio.move_on_after(limit) as scope:
+            await response.readinto(view)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"{self.peer.origin} sent no whole chunk within {limit:.1f} s")
+
+
+async def _keep(
+    chunk: int,
+    held: bytearray,
+    view: memoryview,
+    buffers: BufferPool,
+    store: Callable[[int, memoryview], None],
+    landed: Callable[[int], None],
+) -> None:
+    try:
+        await trio.to_thread.run_sync(store, chunk, view)
+    except FormatError as error:
+        raise IntegrityError(str(error)) from error
+    buffers.give(held)
+    landed(chunk)

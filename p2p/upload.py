@@ -1,0 +1,135 @@
+"""What a peer gives to others: chunks that it has verified, and its have-maps, to those who can prove that they know the content table.
+
+Decided here: slots, and what is refused how. Concurrency: handlers run in the tasks of the HTTP server; slots are counted without a
+checkpoint. A descriptor is duplicated for each answer, so that a data space may be closed while its last bytes go out.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+from rafsfs.net.http_server import Answer, FileRange, Request
+from rafsfs.store.data_space import DataSpace
+
+from .entitlement import proof, whole_proof
+from .have import Subscriber, all_frame, pending_frame
+from .protocol.groups import pack_bits
+
+SLOTS: Final = 16
+"""Answers with chunks at once: more divide a link into pieces so small that no chunk is whole for long."""
+SMALL_SLOTS: Final = 4
+"""Of these, kept for requests of up to SMALL chunks: readers that wait."""
+SMALL: Final = 2
+KEEP_ALIVE_S: Final = 2.0
+_GATHER_S: Final = 0.01
+"""How long news are gathered before they are sent: a frame per chunk and neighbour would be most of the work."""
+_CHUNKS: Final = re.compile(r"\A/v1/([0-9a-f]{64})/([0-9]{1,9})-([0-9]{1,9})/([0-9a-f]{32})\Z")
+_HAVE: Final = re.compile(r"\A/v1/([0-9a-f]{64})/have/([0-9a-f]{32})\Z")
+
+
+class Uploads:
+    """Answers requests of peers."""
+
+    def __init__(
+        self,
+        find_space: Callable[[bytes], DataSpace | None],
+        pending: Callable[[bytes], list[int]],
+        token: str,
+    ) -> None:
+        self._find_space = find_space
+        self._pending = pending
+        self._token = token
+        self._busy = 0
+        self._subscribers: dict[bytes, set[Subscriber]] = {}
+        self.counters: Counter[str] = Counter()
+
+    async def handle(self, request: Request) -> Answer:
+        """Answer one request."""
+        if self._token and not hmac.compare_digest(
+            request.headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
+        ):
+            return Answer(401, b"a token is needed\n")
+        match = _CHUNKS.match(request.path)
+        if match:
+            return self._chunks(bytes.fromhex(match[1]), int(match[2]), int(match[3]), match[4])
+        match = _HAVE.match(request.path)
+        if match:
+            return self._have(bytes.fromhex(match[1]), match[2])
+        return Answer(404, b"no such thing here\n")
+
+    def landed(self, space_id: bytes, chunk: int) -> None:
+        """Tell all who listen that a chunk has come. No checkpoint."""
+        for subscriber in self._subscribers.get(space_id, ()):
+            subscriber.add(chunk)
+
+    def set_pending(self, space_id: bytes, groups: list[int]) -> None:
+        """Tell all who listen what is being fetched. No checkpoint."""
+        for subscriber in self._subscribers.get(space_id, ()):
+            subscriber.set_pending(groups)
+
+    def _chunks(self, space_id: bytes, first: int, last: int, shown: str) -> Answer:
+        space = self._find_space(space_id)
+        if space is None or not _proves(space, first, last, shown):
+            return Answer(404, b"no such thing here\n")
+        count = 0
+        while first + count <= last and space.is_present(first + count):
+            count += 1
+        if not count:
+            return Answer(409, b"the chunk is not here\n")
+        small = last - first < SMALL
+        if self._busy >= (SLOTS if small else SLOTS - SMALL_SLOTS):
+            self.counters["refused"] += 1
+            return Answer(503, b"all slots are busy\n", {"Retry-After": "1"})
+        offset = space.table.extent(first)[0]
+        end = sum(space.table.extent(first + count - 1))
+        fd = os.open(os.path.join(space.path, "data"), os.O_RDONLY | os.O_CLOEXEC)
+        self._busy += 1
+        self.counters["requests"] += 1
+        self.counters["bytes"] += end - offset
+
+        def released() -> None:
+            self._busy -= 1
+            os.close(fd)
+
+        return Answer(200, FileRange(fd, offset, end - offset, released), {"Rafs-Chunks": str(count)})
+
+    def _have(self, space_id: bytes, shown: str) -> Answer:
+        space = self._find_space(space_id)
+        if space is None or not hmac.compare_digest(whole_proof(space.table), shown):
+            return Answer(404, b"no such thing here\n")
+        return Answer(200, self._stream(space))
+
+    async def _stream(self, space: DataSpace) -> AsyncIterator[bytes]:
+        with self._subscribed(space.space_id) as subscriber:
+            present = [chunk for chunk in range(space.table.count) if space.is_present(chunk)]
+            yield all_frame(pack_bits(present, space.table.count)) + pending_frame(self._pending(space.space_id))
+            while True:
+                yield await subscriber.next(KEEP_ALIVE_S)
+                await trio.sleep(_GATHER_S)
+
+    @contextmanager
+    def _subscribed(self, space_id: bytes):  # type: ignore[no-untyped-def]
+        subscriber = Subscriber()
+        listeners = self._subscribers.setdefault(space_id, set())
+        listeners.add(subscriber)
+        try:
+            yield subscriber
+        finally:
+            listeners.discard(subscriber)
+            if not listeners:
+                self._subscribers.pop(space_id, None)
+
+
+def _proves(space: DataSpace, first: int, last: int, shown: str) -> bool:
+    try:
+        return hmac.compare_digest(proof(space.table, first, last), shown)
+    except IndexError:
+        return False

@@ -1,0 +1,245 @@
+"""A small HTTP/1.1 server over trio and h11: GET only, bodies of bytes, of a range of a file (sendfile), or streamed.
+
+Decided here: limits of what a client may do (size of a head, time to send one, connections), keep-alive, and that a file's bytes go from
+the page cache to the socket without passing through Python; what is not in the page cache is read ahead in a thread, since a sendfile
+that waits for a disk holds up every task. Why our own: ASGI servers cost three times the CPU and send no ranges of files.
+
+Concurrency: one task per connection, owned by the nursery of `serve`. A cancelled or failed answer closes its connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import h11
+import trio
+
+_log = logging.getLogger(__name__)
+
+_HEAD_S: Final = 30.0
+"""How long a client may take for a request, idle time of a kept connection included."""
+_SEND_S: Final = 30.0
+"""How long a client may take none of an answer."""
+_MOST_HEAD: Final = 8 << 10
+_PIECE: Final = 1 << 20
+CONNECTIONS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A GET. `path` as sent, before any `?`."""
+
+    path: str
+    headers: Mapping[str, str]
+    peer: str
+    """Address of the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Bytes of an open file. The descriptor must stay open until `released` is called."""
+
+    fd: int
+    offset: int
+    length: int
+    released: Callable[[], None] = lambda: None
+
+
+Body = bytes | FileRange | AsyncIterator[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a handler returns."""
+
+    status: int
+    body: Body = b""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+Pace = Callable[[int], Awaitable[None]]
+"""Called with a number of bytes before they are sent; returns when they may be."""
+
+
+async def no_pace(count: int) -> None:
+    """Send at once."""
+
+
+class HttpServer:
+    """Serves connections with one handler."""
+
+    def __init__(self, handler: Handler, *, pace: Pace = no_pace, ssl_context: ssl.SSLContext | None = None) -> None:
+        self._handler = handler
+        self._pace = pace
+        self._ssl = ssl_context
+        self._connections = 0
+
+    async def serve(
+        self, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen and serve for ever; `task_status` gets the port."""
+        listeners = await trio.open_tcp_listeners(port, host=host or None, backlog=512)
+        bound: int = listeners[0].socket.getsockname()[1]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, self._connection, listeners)
+            task_status.started(bound)
+
+    async def _connection(self, stream: trio.SocketStream) -> None:
+        if self._connections >= CONNECTIONS:
+            await trio.aclose_forcefully(stream)
+            return
+        self._connections += 1
+        try:
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire: trio.abc.Stream = stream
+            if self._ssl is not None:
+                wire = trio.SSLStream(stream, self._ssl, server_side=True, https_compatible=True)
+            await _Connection(wire, stream, self._ssl is None, self._handler, self._pace).run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError, ssl.SSLError) as error:
+            _log.debug("connection ended: %s", error)
+        finally:
+            self._connections -= 1
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+
+
+class _Connection:
+    """One connection."""
+
+    def __init__(
+        self, wire: trio.abc.Stream, stream: trio.SocketStream, is_plain: bool, handler: Handler, pace: Pace
+    ) -> None:
+        self._wire = wire
+        self._stream = stream
+        self._is_plain = is_plain
+        self._handler = handler
+        self._pace = pace
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_HEAD)
+
+    async def run(self) -> None:
+        """Answer requests until the connection ends."""
+        peer = str(self._stream.socket.getpeername()[0])
+        while True:
+            with trio.move_on_after(_HEAD_S) as scope:
+                event = await self._next()
+            if scope.cancelled_caught or not isinstance(event, h11.Request):
+                return
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
+            path = event.target.decode("latin-1").partition("?")[0]
+            with trio.move_on_after(_HEAD_S) as scope:
+                while not isinstance(await self._next(), h11.EndOfMessage | h11.ConnectionClosed):
+                    pass  # a body of a GET is read and dropped
+            if scope.cancelled_caught:
+                return
+            if event.method != b"GET":
+                await self._send(Answer(405, b"only GET\n"))
+            else:
+                await self._send(await self._handler(Request(path, headers, peer)))
+            if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
+                return
+            self._h11.start_next_cycle()
+
+    async def _next(self) -> object:
+        while True:
+            event = self._h11.next_event()
+            if event is h11.NEED_DATA:
+                self._h11.receive_data(bytes(await self._wire.receive_some(16 << 10)))
+                continue
+            return event
+
+    async def _send(self, answer: Answer) -> None:
+        body = answer.body
+        headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
+        try:
+            if isinstance(body, bytes | FileRange):
+                length = len(body) if isinstance(body, bytes) else body.length
+                headers.append((b"Content-Length", b"%d" % length))
+            else:
+                headers.append((b"Transfer-Encoding", b"chunked"))
+            await self._write(self._h11.send(h11.Response(status_code=answer.status, headers=headers)) or b"")
+            if isinstance(body, bytes):
+                await self._write(self._h11.send(h11.Data(data=body)) or b"")
+            elif isinstance(body, FileRange):
+                # h11 counts the bytes; they go past it.
+                self._h11.send_with_data_passthrough(h11.Data(data=_Length(body.length)))  # type: ignore[arg-type]
+                await self._send_file(body)
+            else:
+                async for part in body:
+                    await self._write(self._h11.send(h11.Data(data=part)) or b"")
+            await self._write(self._h11.send(h11.EndOfMessage()) or b"")
+        finally:
+            if isinstance(body, FileRange):
+                body.released()
+
+    async def _write(self, data: bytes) -> None:
+        if data:
+            with trio.fail_after(_SEND_S):
+                await self._wire.send_all(data)
+
+    async def _send_file(self, part: FileRange) -> None:
+        offset, left = part.offset, part.length
+        sock = self._stream.socket
+        while left:
+            piece = min(left, _PIECE)
+            await self._pace(piece)
+            if not is_cached(part.fd, offset, piece):
+                await trio.to_thread.run_sync(_read_ahead, part.fd, offset, piece)
+            if not self._is_plain:
+                data = await trio.to_thread.run_sync(os.pread, part.fd, piece, offset)
+                if not data:
+                    raise OSError("the file ends before its range")
+                await self._write(data)
+                offset, left = offset + len(data), left - len(data)
+                continue
+            done = 0
+            while done < piece:
+                try:
+                    sent = os.sendfile(sock.fileno(), part.fd, offset + done, piece - done)
+                except BlockingIOError:
+                    with trio.fail_after(_SEND_S):
+                        await trio.lowlevel.wait_writable(sock)
+                    continue
+                if not sent:
+                    raise OSError("the file ends before its range")
+                done += sent
+            offset, left = offset + piece, left - piece
+            await trio.lowlevel.checkpoint()
+
+
+class _Length:
+    """What h11 asks of a body that it does not see: its length."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def is_cached(fd: int, offset: int, length: int) -> bool:
+    """Tell whether both ends of a range of a file are in the page cache: a guess at all of it."""
+    probe = bytearray(1)
+    for position in (offset, offset + length - 1):
+        try:
+            if not os.preadv(fd, [probe], position, os.RWF_NOWAIT):
+                return True  # past the end: no disk to wait for
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # a file system that cannot tell
+    return True
+
+
+def _read_ahead(fd: int, offset: int, length: int) -> None:
+    with suppress(OSError):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        for position in range(offset, offset + length, 128 << 10):
+            os.pread(fd, 1, position)

@@ -1,0 +1,403 @@
+"""The scheduler's decisions: (state, event, now) → messages. Pure but for its own state: no clock, no socket, randomness from the caller.
+
+Decided here: who is introduced to whom, who may fetch what from the registry, when a lease ends. Rules that the tests hold: a group has
+at most one live lease; a group that somebody asked for and nobody has is leased, or as many leases are out as may be; a group that is
+held is
+never leased unless the asker has complained of all its holders. Cost: an event looks at the groups it names and at most SAMPLE peers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+from p2p.protocol.messages import (
+    Answer,
+    Ask,
+    Complaint,
+    Contact,
+    Done,
+    Failed,
+    Fill,
+    Filled,
+    FromPeer,
+    FromScheduler,
+    Hello,
+    Join,
+    Kind,
+    Leave,
+    Neighbours,
+    NodeProgress,
+    Order,
+    Ping,
+    Preheat,
+    Preheated,
+    Progress,
+    Report,
+    Revoke,
+    Ruling,
+    Verdict,
+)
+
+from .state import Member, PeerState, PreheatState, TaskState
+from .weights import Place, score
+
+Out = list[tuple[str, FromScheduler]]
+
+LEASE_S: Final = 15.0
+"""Without progress for this long a lease moves on."""
+REST_S: Final = 2.0
+"""A peer that gave a lease back gets none of that task for this long, if others are there."""
+SILENT_S: Final = 20.0
+"""A peer that has said nothing for this long is gone."""
+PEER_LEASES: Final = 2
+"""Leases of a task that one peer holds at once, unless a reader waits; a seed holds twice as many."""
+FEWEST_LEASES: Final = 8
+"""Leases of a task out at once: at least this many, at most MOST_LEASES, else as many as it has peers. Few enough that the beginning of a
+file is not held up by its end, many enough that the registry is always busy."""
+MOST_LEASES: Final = 64
+SAMPLE: Final = 32
+"""Peers looked at to find neighbours."""
+NEW_NEIGHBOURS: Final = 8
+"""Neighbours that a newcomer is introduced to: half of them the best of a sample, half at random."""
+BAN_S: Final = 600.0
+"""How long a peer that two others accuse of wrong bytes is handed to nobody."""
+_FAILURE_HALF_LIFE_S: Final = 120.0
+
+
+class Engine:
+    """The state of one scheduler."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self.peers: dict[str, PeerState] = {}
+        self.tasks: dict[bytes, TaskState] = {}
+        self.preheats: dict[int, PreheatState] = {}
+        self._next_preheat = 1
+        self._seeds: set[str] = set()
+        self._accused: set[str] = set()
+        self._handlers: dict[type, Callable[[str, FromPeer, float], Out]] = {
+            Join: self._join,
+            Leave: self._leave,
+            Ask: self._ask,
+            Done: self._done,
+            Progress: self._progress,
+            Failed: self._failed,
+            Report: self._report,
+            Ping: lambda peer, event, now: [],
+            Preheat: self._preheat,
+            Filled: self._filled,
+        }
+
+    def connect(self, hello: Hello, host: str, now: float) -> Out:
+        """A program has connected. An older connection of the same id is taken to be dead."""
+        self.disconnect(hello.id, now)
+        contact = Contact(hello.id, hello.address or host, hello.port, hello.kind)
+        self.peers[hello.id] = PeerState(contact, Place(hello.zone, hello.rack), now)
+        if hello.kind is Kind.SEED:
+            self._seeds.add(hello.id)
+        return []
+
+    def disconnect(self, peer: str, now: float) -> Out:
+        """A connection has ended: its leases are free at once."""
+        state = self.peers.pop(peer, None)
+        if state is None:
+            return []
+        self._seeds.discard(peer)
+        self._accused.discard(peer)
+        for task in list(state.tasks):
+            self._remove(task, peer)
+        out: Out = []
+        for number, preheat in list(self.preheats.items()):
+            if preheat.tool == peer:
+                del self.preheats[number]
+            elif peer in preheat.nodes and not _is_over(preheat.nodes[peer]):
+                done, total, _ = preheat.nodes[peer]
+                preheat.nodes[peer] = (done, total, "the node has gone")
+                out += self._tell_tool(preheat)
+        return out
+
+    def handle(self, peer: str, event: FromPeer, now: float) -> Out:
+        """Take one message of a connected peer."""
+        state = self.peers.get(peer)
+        handler = self._handlers.get(type(event))
+        if state is None or handler is None:
+            return []
+        state.last_seen = now
+        return handler(peer, event, now)
+
+    def tick(self, now: float) -> tuple[Out, list[str]]:
+        """Let time pass: return messages, and the peers that have been silent too long, whose connections the caller ends."""
+        out: Out = []
+        for state in self.tasks.values():
+            late: dict[str, list[int]] = {}
+            for group, lease in state.leases.items():
+                if lease.expires <= now:
+                    late.setdefault(lease.peer, []).append(group)
+            for peer, groups in late.items():
+                for group in groups:
+                    state.end_lease(group)
+                state.members[peer].rests_until = now + REST_S
+                self._note_failure(peer, now)
+                out.append((peer, Revoke(state.task, groups)))
+        return out, [peer for peer, state in self.peers.items() if now - state.last_seen > SILENT_S]
+
+    # ---- taking part ---------------------------------------------------------------------------------------------
+
+    def _join(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Join)
+        state = self.tasks.get(event.task)
+        if state is None or (not state.members and state.groups != event.groups):
+            state = self.tasks[event.task] = TaskState(event.task, event.groups, event.image)
+        if state.groups != event.groups:
+            return []  # a task's size follows from its id: who says otherwise is wrong, or lies
+        state.image = state.image or event.image
+        state.add(peer, event.have)
+        self.peers[peer].tasks.add(event.task)
+        return self._introduce(state, peer, now) + self._wake_seeds(state, peer)
+
+    def _wake_seeds(self, state: TaskState, peer: str) -> Out:
+        """Tell the seeds of a task that ordinary peers have begun: they fetch it, too."""
+        if state.ordered or not state.image or self.peers[peer].is_seed:
+            return []
+        state.ordered = True
+        return [(seed, Fill(0, state.image)) for seed in sorted(self._seeds) if seed not in state.members]
+
+    def _leave(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Leave)
+        self._remove(event.task, peer)
+        self.peers[peer].tasks.discard(event.task)
+        return []
+
+    def _remove(self, task: bytes, peer: str) -> None:
+        state = self.tasks.get(task)
+        if state is None or peer not in state.members:
+            return
+        for other in state.members[peer].neighbours:
+            if other in self.peers:
+                self.peers[other].degree -= 1
+        state.remove(peer)
+        if not state.members:
+            del self.tasks[task]
+
+    def _introduce(self, state: TaskState, peer: str, now: float) -> Out:
+        """Give a peer neighbours, and give them to it."""
+        me = self.peers[peer]
+        member = state.members[peer]
+        others = [
+            other
+            for other in self._sample(state)
+            if other != peer and other not in member.neighbours and not self._is_banned(other, now)
+        ]
+        wanted = NEW_NEIGHBOURS - len(member.neighbours)
+        if wanted <= 0 or not others:
+            return []
+        if len(others) > wanted:
+            ranked = sorted(others, key=lambda other: -self._score(me, other, now))
+            best = ranked[: (wanted + 1) // 2]
+            rest = [other for other in others if other not in best]
+            others = best + self._rng.sample(rest, min(len(rest), wanted - len(best)))
+        out: Out = [(peer, Neighbours(state.task, [self.peers[other].contact for other in others]))]
+        for other in others:
+            self._connect_pair(state, peer, other)
+            out.append((other, Neighbours(state.task, [me.contact])))
+        return out
+
+    def _sample(self, state: TaskState) -> list[str]:
+        if len(state.members) <= SAMPLE:
+            return list(state.members)
+        # Of a dict, a sample costs its length: take some of the newest and of all.
+        names = list(state.members)
+        return list(dict.fromkeys(names[-SAMPLE // 4 :] + self._rng.choices(names, k=SAMPLE)))
+
+    def _connect_pair(self, state: TaskState, one: str, other: str) -> None:
+        if other not in state.members[one].neighbours:
+            state.members[one].neighbours.add(other)
+            state.members[other].neighbours.add(one)
+            self.peers[one].degree += 1
+            self.peers[other].degree += 1
+
+    def _score(self, me: PeerState, other: str, now: float) -> float:
+        peer = self.peers[other]
+        return score(me.place, peer.place, degree=peer.degree, is_seed=peer.is_seed, failures=self._failures(peer, now))
+
+    # ---- leases --------------------------------------------------------------------------------------------------
+
+    def _ask(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Ask)
+        state = self.tasks.get(event.task)
+        if state is None or peer not in state.members:
+            return [(peer, Answer(event.number, []))]
+        out: Out = []
+        rulings = [
+            self._rule(state, peer, group, now, urgent=event.urgent, out=out)
+            for group in event.groups
+            if group < state.groups
+        ]
+        return [(peer, Answer(event.number, rulings)), *out]
+
+    def _rule(self, state: TaskState, peer: str, group: int, now: float, *, urgent: bool, out: Out) -> Ruling:
+        member = state.members[peer]
+        lease = state.leases.get(group)
+        if lease is not None and lease.expires <= now:
+            state.end_lease(group)
+            self._note_failure(lease.peer, now)
+            out.append((lease.peer, Revoke(state.task, [group])))
+            lease = None
+        if lease is not None and lease.peer == peer:
+            lease.expires = now + LEASE_S
+            return Ruling(group, Verdict.LEASE)
+        holder = state.find_holder(group, member.blocked | {peer} | self._banned(now))
+        if holder is not None:
+            return self._point(state, peer, group, holder, Verdict.HELD, out)
+        if lease is not None and lease.peer not in member.blocked:
+            return self._point(state, peer, group, lease.peer, Verdict.WAIT, out)
+        if lease is not None:
+            return Ruling(group, Verdict.LATER)
+        seed = self._seed_for(state, peer, member, now)
+        if seed is not None:
+            state.start_lease(seed, group, now + LEASE_S)
+            out.append((seed, Order(state.task, group, state.image)))
+            return self._point(state, peer, group, seed, Verdict.WAIT, out)
+        if not self._may_lease(state, peer, member, now, urgent=urgent):
+            return Ruling(group, Verdict.LATER)
+        state.start_lease(peer, group, now + LEASE_S)
+        return Ruling(group, Verdict.LEASE)
+
+    def _may_lease(self, state: TaskState, peer: str, member: Member, now: float, *, urgent: bool) -> bool:
+        if member.rests_until > now and len(state.members) > 1:
+            return False
+        most = PEER_LEASES * (2 if self.peers[peer].is_seed else 1)
+        if urgent:
+            return len(member.leases) < 4 * most
+        out = min(MOST_LEASES, max(FEWEST_LEASES, len(state.members)))
+        return len(member.leases) < most and len(state.leases) < out
+
+    def _seed_for(self, state: TaskState, peer: str, member: Member, now: float) -> str | None:
+        """Return the seed of the task with the fewest leases and room for one more, None if there is none or the asker is one."""
+        if self.peers[peer].is_seed:
+            return None
+        best, least = None, 2 * PEER_LEASES
+        for other in sorted(self._seeds):
+            seed = state.members.get(other)
+            if seed is None or other in member.blocked or seed.rests_until > now:
+                continue
+            if len(seed.leases) < least:
+                best, least = other, len(seed.leases)
+        return best
+
+    def _point(self, state: TaskState, peer: str, group: int, other: str, verdict: Verdict, out: Out) -> Ruling:
+        """Rule that another peer has or gets a group; the two become neighbours."""
+        if other not in state.members[peer].neighbours:
+            self._connect_pair(state, peer, other)
+            out.append((other, Neighbours(state.task, [self.peers[peer].contact])))
+        return Ruling(group, verdict, self.peers[other].contact)
+
+    def _done(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Done)
+        state = self.tasks.get(event.task)
+        if state is None or peer not in state.members:
+            return []
+        out: Out = []
+        for group in event.groups:
+            if group < state.groups:
+                state.mark(peer, group)
+                lease = state.leases.get(group)
+                if lease is not None:
+                    # Whoever brought it: nobody needs to fetch it from the registry any more.
+                    state.end_lease(group)
+                    if lease.peer != peer:
+                        out.append((lease.peer, Revoke(state.task, [group])))
+        return out
+
+    def _progress(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Progress)
+        state = self.tasks.get(event.task)
+        lost = []
+        for group in event.groups:
+            lease = state.leases.get(group) if state else None
+            if lease is not None and lease.peer == peer:
+                lease.expires = now + LEASE_S
+            else:
+                lost.append(group)
+        return [(peer, Revoke(event.task, lost))] if lost else []
+
+    def _failed(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Failed)
+        state = self.tasks.get(event.task)
+        if state is None or peer not in state.members:
+            return []
+        for group in event.groups:
+            lease = state.leases.get(group)
+            if lease is not None and lease.peer == peer:
+                state.end_lease(group)
+                state.members[peer].rests_until = now + REST_S
+        self._note_failure(peer, now)
+        return []
+
+    # ---- trust ---------------------------------------------------------------------------------------------------
+
+    def _report(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Report)
+        state = self.tasks.get(event.task)
+        if state is None or peer not in state.members or event.peer == peer:
+            return []
+        state.members[peer].blocked.add(event.peer)
+        accused = self.peers.get(event.peer)
+        if accused is None:
+            return []
+        self._note_failure(event.peer, now)
+        if event.what is Complaint.CORRUPT:
+            accused.accused_by[peer] = now
+            self._accused.add(event.peer)
+        return self._introduce(state, peer, now)
+
+    def _is_banned(self, peer: str, now: float) -> bool:
+        accused = self.peers[peer].accused_by
+        return bool(accused) and sum(now - when < BAN_S for when in accused.values()) >= 2
+
+    def _banned(self, now: float) -> set[str]:
+        return {peer for peer in self._accused if self._is_banned(peer, now)}
+
+    def _note_failure(self, peer: str, now: float) -> None:
+        state = self.peers.get(peer)
+        if state is not None:
+            state.failures = self._failures(state, now) + 1
+            state.failed_at = now
+
+    def _failures(self, peer: PeerState, now: float) -> float:
+        return peer.failures * 0.5 ** ((now - peer.failed_at) / _FAILURE_HALF_LIFE_S) if peer.failures else 0.0
+
+    # ---- preheat -------------------------------------------------------------------------------------------------
+
+    def _preheat(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Preheat)
+        number, self._next_preheat = self._next_preheat, self._next_preheat + 1
+        nodes = [
+            name
+            for name, other in self.peers.items()
+            if other.contact.kind is Kind.SEED or (event.everybody and other.contact.kind is Kind.PEER)
+        ]
+        preheat = self.preheats[number] = PreheatState(peer, event.number, dict.fromkeys(nodes, (0, 0, "")))
+        return [*((name, Fill(number, event.image, event.options)) for name in nodes), *self._tell_tool(preheat)]
+
+    def _filled(self, peer: str, event: FromPeer, now: float) -> Out:
+        assert isinstance(event, Filled)
+        preheat = self.preheats.get(event.number)
+        if preheat is None or peer not in preheat.nodes:
+            return []
+        preheat.nodes[peer] = (event.done, event.total, event.error)
+        out = self._tell_tool(preheat)
+        if all(_is_over(node) for node in preheat.nodes.values()):
+            del self.preheats[event.number]
+        return out
+
+    def _tell_tool(self, preheat: PreheatState) -> Out:
+        nodes = [NodeProgress(name, *node) for name, node in preheat.nodes.items()]
+        return [(preheat.tool, Preheated(preheat.number, nodes))]
+
+
+def _is_over(node: tuple[int, int, str]) -> bool:
+    done, total, error = node
+    return bool(error) or (total > 0 and done >= total)
