@@ -217,17 +217,27 @@ class SwarmPeer:
         task = self._tasks.get(space.space_id)
         if task is None or not self.is_active:
             return Obtained(chunks, [])
-        for _ in range(_ROUNDS):
-            missing = space.missing(chunks)
+        ours: list[int] = []
+        for attempt in range(_ROUNDS):
+            missing = [chunk for chunk in space.missing(chunks) if chunk not in ours]
             offers = {n.id: n.offer() for n in self._willing(task)}
             runs, _ = assign(missing, offers, lambda chunk: space.table.extent(chunk)[1], self._rng)
-            if not runs:
-                break
             async with trio.open_nursery() as nursery:
                 for run in runs:
                     nursery.start_soon(self._take, task, run, landed)
-        missing = space.missing(chunks)
-        return await self._rule(task, missing, urgent=urgent) if missing else Obtained([], [])
+            missing = [chunk for chunk in space.missing(chunks) if chunk not in ours]
+            if not missing:
+                return Obtained(ours, [])
+            if runs and attempt < _ROUNDS - 1:
+                continue
+            until = await self._rule(task, missing, ours, urgent=urgent)
+            # While the scheduler was asked, a neighbour may have announced what nobody had before.
+            if attempt == _ROUNDS - 1 or not any(n.have[chunk] for n in self._willing(task) for chunk in until):
+                break
+        waiting = space.missing(until)
+        for chunk in waiting:
+            task.waiting[chunk] = until[chunk]
+        return Obtained(space.missing(ours), waiting)
 
     def landed(self, space_id: bytes, chunk: int) -> None:
         """A chunk has come, from wherever: tell neighbours, and the scheduler when a group is complete. No checkpoint."""
@@ -331,31 +341,29 @@ class SwarmPeer:
             neighbour.peer.rests_until = trio.current_time() + _REST_S
             _log.debug("peer did not deliver: peer=%s cause=%s", neighbour.id, group.exceptions[0])
 
-    async def _rule(self, task: _Task, missing: list[int], *, urgent: bool) -> Obtained:
-        """Divide what no neighbour gave: ours to fetch, or to be waited for."""
+    async def _rule(self, task: _Task, missing: list[int], ours: list[int], *, urgent: bool) -> dict[int, float]:
+        """Divide what no neighbour gave: add to `ours` what is to be fetched here, return until when to wait for the rest."""
         now = trio.current_time()
         space_id = task.space.space_id
-        mine: list[int] = []
-        waiting: list[int] = []
+        until: dict[int, float] = {}
         open_: dict[int, list[int]] = {}
         pending = {group for n in self._willing(task) for group in n.pending}
         for chunk in missing:
             group = group_of(task.space.table.extent(chunk)[0])
-            until = task.waiting.get(chunk)
             if group in task.leases:
-                mine.append(chunk)
-            elif group in pending and until is None:
-                task.waiting[chunk] = now + WAIT_S
-                waiting.append(chunk)
+                ours.append(chunk)
+            elif group in pending and chunk not in task.waiting:
+                until[chunk] = now + WAIT_S
             else:
                 open_.setdefault(group, []).append(chunk)
         if not open_:
-            return Obtained(mine, waiting)
+            return until
         assert self._links is not None
         rulings = await self._links.ask(space_id, sorted(open_), urgent=urgent)
         if rulings is None:
             self.counters["unruled"] += 1
-            return Obtained(mine + [chunk for chunks in open_.values() for chunk in chunks], waiting)
+            ours += [chunk for chunks in open_.values() for chunk in chunks]
+            return until
         granted = False
         now = trio.current_time()
         for ruling in rulings:
@@ -363,23 +371,21 @@ class SwarmPeer:
             if ruling.verdict is Verdict.LEASE:
                 task.leases[ruling.group] = now
                 granted = True
-                mine += chunks
+                ours += chunks
                 rest = task.space.missing(task.chunks_of(ruling.group))
                 self.fill_group(space_id, [chunk for chunk in rest if chunk not in chunks])
                 continue
             if ruling.peer is not None:
                 self._meet(task, ruling.peer)
-            until = now + (LATER_S * (0.5 + self._rng.random()) if ruling.verdict is Verdict.LATER else WAIT_S)
+            later = LATER_S * (0.5 + self._rng.random())
             for chunk in chunks:
-                task.waiting[chunk] = until
-                waiting.append(chunk)
+                until[chunk] = now + (later if ruling.verdict is Verdict.LATER else WAIT_S)
         for chunks in open_.values():  # not ruled upon: the scheduler does not know us yet
             for chunk in chunks:
-                task.waiting[chunk] = now + LATER_S
-                waiting.append(chunk)
+                until[chunk] = now + LATER_S
         if granted:
             self._uploads.set_pending(space_id, list(task.leases))
-        return Obtained(mine, waiting)
+        return until
 
     def _is_complete(self, task: _Task, group: int) -> bool:
         return not task.space.missing(task.chunks_of(group))

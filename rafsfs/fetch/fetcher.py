@@ -267,7 +267,11 @@ class Fetcher:
         space = self._cache.opened_space(space_id)
         if space is not None:
             for chunk in space.missing(chunks):
-                self._queue.start(space, chunk, None)
+                flight = self._queue.find(space, chunk)
+                if flight is None:
+                    self._queue.start(space, chunk, None)
+                elif flight.is_aside:
+                    self._queue.unpark(flight)
 
     async def _try_sources(self, flights: list[Flight]) -> RafsError:
         """Try every source for the flights that have not landed; return the last cause of failure."""
