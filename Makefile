@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test check bench bench-swarm format clean
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 
@@ -21,6 +21,10 @@ check: setup
 
 bench: setup
 	@$(PYTHON) -m benchmarks
+
+# Nodes in network namespaces; needs root.
+bench-swarm: setup
+	@$(PYTHON) -m benchmarks.swarm
 
 format: setup
 	@$(PYTHON) -m ruff format .

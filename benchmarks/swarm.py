@@ -1,0 +1,192 @@
+"""How long until the last of N nodes has read an image, with the swarm and without? `make bench-swarm`.
+
+Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mbit/s, each node at 400 Mbit/s, scheduler at 1 Gbit/s. Image:
+256 MiB of noise in one file, so that what crosses a link is what is read. Each node has a daemon and a FUSE mount of its own, starts with
+nothing, and reads the file from its first byte to its last; clock from the first open to the last byte of the last node. Floor: one node
+alone, without a scheduler, in the same round. Traffic of the registry is counted at its link, headers, protocol overhead and metadata included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.processes import Node, output_within, running_node, wait_for
+from tests.support.registry import running_registry
+
+from .measure import Row, commit, machine, median, spread, table
+from .namespaces import Rig, running_rig
+
+_SIZE = 256 << 20
+_ORIGIN_MBIT = 200
+_PEER_MBIT = 400
+_CONFIG = """version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage: {{filesystem: {{rootdirectory: {directory}}}}}
+http: {{addr: {address}}}
+"""
+
+
+def _read(path: Path) -> int:
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(1 << 20):
+            done += len(data)
+    return done
+
+
+class Field:
+    """The rig with its registry and scheduler."""
+
+    def __init__(self, directory: Path, rig: Rig, stack: contextlib.ExitStack, peers: int, seeds: int) -> None:
+        self.directory = directory
+        self.rig = rig
+        self._stack = stack
+        self._count = 0
+        origin = rig.add("origin", _ORIGIN_MBIT)
+        rig.add("scheduler", 1000)
+        for number in range(peers):
+            rig.add(f"peer{number}", _PEER_MBIT)
+        for number in range(seeds):
+            rig.add(f"seed{number}", _PEER_MBIT)
+        self.ref = f"{origin}:5000/bench/noise:v1"
+        self._publish(f"{origin}:5000")
+
+    def _publish(self, address: str) -> None:
+        source = self.directory / "source"
+        source.mkdir()
+        (source / "noise.bin").write_bytes(os.urandom(_SIZE))
+        with running_registry(self.directory / "registry") as local, running_node(self.directory / "builder") as node:
+            node.build(source, f"localhost:{local.port}/bench/noise:v1", "--chunking", "fixed", timeout_s=300)
+            storage = next(path for path in (self.directory / "registry").rglob("docker") if path.is_dir()).parent
+        config = self.directory / "origin.yml"
+        config.write_text(_CONFIG.format(directory=storage, address=address))
+        process = subprocess.Popen(
+            [*self.rig.inside("origin"), "docker-registry", "serve", str(config)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._stack.callback(lambda: (process.kill(), process.wait()))
+        check = [*self.rig.inside("origin"), sys.executable, "-c",
+                 f"import urllib.request; urllib.request.urlopen('http://{address}/v2/')"]  # fmt: skip
+        wait_for(lambda: subprocess.run(check, check=False, capture_output=True).returncode == 0, "the registry", 30)
+
+    def scheduler(self, stack: contextlib.ExitStack) -> str:
+        """Start a scheduler; return its address."""
+        self._count += 1
+        node = stack.enter_context(running_node(self.directory / f"scheduler-{self._count}"))
+        address = self.rig.addresses["scheduler"]
+        process = subprocess.Popen(
+            [*self.rig.inside("scheduler"), *node.command("scheduler", "--listen", f"{address}:0")],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=node.env,
+        )  # fmt: skip
+        stack.callback(lambda: (process.kill(), process.wait(), process.stdout and process.stdout.close()))
+        return f"{address}:{re.findall(rb'port ([0-9]+)', output_within(process, b'port', 20) + b' ')[0].decode()}"
+
+    @contextlib.contextmanager
+    def node(self, name: str, scheduler: str) -> Iterator[Node]:
+        """A node on a machine, its daemon running."""
+        self._count += 1
+        env = {"RAFS_PEER_LISTEN": f"{self.rig.addresses[name]}:0", "RAFS_READAHEAD": "64MiB"}
+        if scheduler:
+            env |= {"RAFS_SCHEDULER": scheduler, **({"RAFS_SEED": "1"} if name.startswith("seed") else {})}
+        with running_node(self.directory / f"{name}-{self._count}", env=env) as node:
+            command = [*self.rig.inside(name), *node.command("daemon", "--cache-dir", node.cache)]
+            log = (node.home / "log").open("wb")
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=node.env)
+            try:
+                wait_for((node.cache / "daemon.sock").exists, "a daemon", 60)
+                yield node
+            finally:
+                process.kill()
+                process.wait()
+                log.close()
+
+    def run(self, peers: int, seeds: int, *, swarm: bool) -> tuple[float, float, float]:
+        """Return (seconds until the last node has read all, registry traffic / size, CPU seconds of the machine)."""
+        with contextlib.ExitStack() as stack:
+            scheduler = self.scheduler(stack) if swarm else ""
+            for number in range(seeds):
+                stack.enter_context(self.node(f"seed{number}", scheduler))
+            nodes = [stack.enter_context(self.node(f"peer{number}", scheduler)) for number in range(peers)]
+            before = self.rig.sent_bytes("origin")
+            mounts = [node.mount(self.ref, "mnt", "--plain-http") for node in nodes]
+            ended: list[float] = []
+            errors: list[BaseException] = []
+
+            def read(path: Path) -> None:
+                try:
+                    assert _read(path / "noise.bin") == _SIZE
+                    ended.append(time.perf_counter())
+                except BaseException as error:  # noqa: BLE001 - shown by the caller
+                    errors.append(error)
+
+            started, cpu = time.perf_counter(), _busy()
+            threads = [threading.Thread(target=read, args=(mounted,)) for mounted in mounts]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(600)
+            if errors or len(ended) != peers:
+                raise RuntimeError(f"{len(ended)} of {peers} nodes have read: {errors[:1]}")
+            return max(ended) - started, (self.rig.sent_bytes("origin") - before) / _SIZE, _busy() - cpu
+
+
+def _busy() -> float:
+    user, nice, system = (int(word) for word in Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> int:
+    """Run and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swarm", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 2])
+    parser.add_argument(
+        "--direct", type=int, nargs="*", help="N of the runs without a swarm, once each (default: as --peers)"
+    )
+    arguments = parser.parse_args()
+    direct = arguments.peers if arguments.direct is None else arguments.direct
+    print(f"{commit()}; {machine()}", flush=True)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="rafs-swarm-") as directory, contextlib.ExitStack() as stack:
+        rig = stack.enter_context(running_rig())
+        field = Field(Path(directory), rig, stack, max([*arguments.peers, *direct, 1]), max(arguments.seeds))
+        floors: list[float] = []
+        results: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
+        for number in range(arguments.rounds):
+            floors.append(field.run(1, 0, swarm=False)[0])
+            for peers in arguments.peers:
+                for seeds in arguments.seeds:
+                    results.setdefault((peers, seeds), []).append(field.run(peers, seeds, swarm=True))
+                    print(
+                        f"... round {number + 1}: {peers} peers, {seeds} seeds: {results[peers, seeds][-1]}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        floor = median(floors)
+        alone = {peers: field.run(peers, 0, swarm=False) for peers in direct if peers > 1}
+        for (peers, seeds), runs in results.items():
+            last, traffic, cpu = (median([run[index] for run in runs]) for index in range(3))
+            without = f"; without: {alone[peers][0]:.1f} s, {alone[peers][1]:.2f} x" if peers in alone else ""
+            rows.append(Row(f"{peers} peers, {seeds} seeds: last node", f"{last:.2f} s", f"one alone {floor:.2f} s{without}",
+                            last / floor, "<= 1.10", last / floor <= 1.10,
+                            f"{spread([run[0] for run in runs])}, {cpu / last / (os.cpu_count() or 1):.0%} of the CPU"))  # fmt: skip
+            rows.append(Row(f"{peers} peers, {seeds} seeds: bytes from the registry", f"{traffic:.3f} x", "size of the image",
+                            traffic, "<= 1.02 + overhead of the link", None))  # fmt: skip
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
