@@ -1,9 +1,11 @@
 """How long until the last of N nodes has read an image, with the swarm and without? `make bench-swarm`.
 
-Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mbit/s, each node at 400 Mbit/s, scheduler at 1 Gbit/s. Image:
-256 MiB of noise in one file, so that what crosses a link is what is read. Each node has a daemon and a FUSE mount of its own, starts with
+Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mbit/s, each node at 400 Mbit/s, scheduler at 1 Gbit/s.
+Image: 256 MiB of noise in one file, so that what crosses a link is what is read. Each node has a daemon and a FUSE mount of its own,
+starts with
 nothing, and reads the file from its first byte to its last; clock from the first open to the last byte of the last node. Floor: one node
-alone, without a scheduler, in the same round. Traffic of the registry is counted at its link, headers, protocol overhead and metadata included.
+alone, without a scheduler, in the same round. Traffic of the registry is counted at its link, headers, protocol overhead and metadata
+included.
 """
 
 from __future__ import annotations
@@ -98,7 +100,11 @@ class Field:
         self._count += 1
         env = {"RAFS_PEER_LISTEN": f"{self.rig.addresses[name]}:0", "RAFS_READAHEAD": "64MiB"}
         if scheduler:
-            env |= {"RAFS_SCHEDULER": scheduler, **({"RAFS_SEED": "1"} if name.startswith("seed") else {})}
+            env |= {
+                "RAFS_SCHEDULER": scheduler,
+                "RAFS_PLAIN_HTTP": "1",
+                **({"RAFS_SEED": "1"} if name.startswith("seed") else {}),
+            }
         with running_node(self.directory / f"{name}-{self._count}", env=env) as node:
             command = [*self.rig.inside(name), *node.command("daemon", "--cache-dir", node.cache)]
             log = (node.home / "log").open("wb")

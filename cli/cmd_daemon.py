@@ -12,7 +12,7 @@ from rafsfs.daemon.server import DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError
 from rafsfs.fetch.source import FetchSettings
 
-from .options import SizeType, cache_dir_option, option
+from .options import SizeType, cache_dir_option, option, registry_options, take_registry_options
 from .process import wait_ended
 from .run import run_async
 from .swarm import swarm_factory, swarm_options, take_swarm_options
@@ -56,6 +56,7 @@ _STOP_S: Final = 60.0
     help="How much is logged, on standard error.",
 )
 @swarm_options
+@registry_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
 @option("--unmount", is_flag=True, help="With --stop: take all mounts away first.")
 def command(
@@ -80,7 +81,12 @@ def command(
     logs.configure(log_level)
     fetch = FetchSettings(connections=connections, buffer_bytes=buffer_size, readahead_bytes=readahead)
     swarm = take_swarm_options(options)
-    settings = DaemonSettings(fetch=fetch, swarm=swarm_factory(swarm), keeps_images=swarm.seed)
+    settings = DaemonSettings(
+        fetch=fetch,
+        swarm=swarm_factory(swarm),
+        registry=take_registry_options(options),
+        keeps_images=swarm.seed,
+    )
     run_async(run_daemon, cache_dir, settings)
 
 

@@ -92,7 +92,7 @@ async def _preheat(
     for host, port in parse_addresses(scheduler):
         try:
             with trio.fail_after(timeout_s):
-                return await _ask(host, port, image, everybody, token, registry.plain_http, bar)
+                return await _ask(host, port, image, everybody, token, bar)
         except trio.TooSlowError:
             raise DeadlineError(f"{ref} was not everywhere after {timeout_s:g} s") from None
         except (OSError, UnavailableError) as error:
@@ -100,15 +100,12 @@ async def _preheat(
     raise UnavailableError(f"no scheduler of {scheduler} can be reached: {cause}")
 
 
-async def _ask(
-    host: str, port: int, image: str, everybody: bool, token: str, plain_http: bool, bar: bool
-) -> list[NodeProgress]:
+async def _ask(host: str, port: int, image: str, everybody: bool, token: str, bar: bool) -> list[NodeProgress]:
     frames = FrameStream(await trio.open_tcp_stream(host, port))
     nodes: list[NodeProgress] = []
     try:
         await frames.send(encode(Hello(VERSION, secrets.token_hex(8), 0, Kind.TOOL, token=token)))
-        options = {"plain_http": "yes"} if plain_http else {}
-        await frames.send(encode(Preheat(1, image, everybody, options)))
+        await frames.send(encode(Preheat(1, image, everybody)))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_beat, frames)
             with progress_bar("preheating", enabled=bar) as progress:

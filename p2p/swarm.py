@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import trio
 
-from rafsfs.errors import CacheError, FormatError, IntegrityError, RemoteError, UnavailableError
+from rafsfs.errors import CacheError, FormatError, IntegrityError, RemoteError, UnavailableError, UsageError
 from rafsfs.fetch.buffers import BufferPool
 from rafsfs.interfaces import Obtained
 from rafsfs.net.http1 import HttpPool
@@ -69,6 +69,8 @@ _TICK_S: Final = 0.1
 _RENEW_S: Final = 3.0
 _REST_S: Final = 1.0
 """A neighbour that was busy or stalled is not asked for this long, if others have the chunk."""
+_BRIEF_S: Final = 0.2
+"""A holder that rests for less than this is waited for without asking the scheduler."""
 _ALONE: Final = 2
 """Reads of the registry at once while no scheduler can be reached."""
 _ROUNDS: Final = 3
@@ -146,7 +148,7 @@ class SwarmPeer:
         """Called with a chunk that has waited long enough, or is at a neighbour now. No checkpoint."""
         self.fill_group: Callable[[bytes, list[int]], None] = lambda space_id, chunks: None
         """Called with chunks that are ours to fetch, whether somebody here reads them or not. No checkpoint."""
-        self.fill_image: Callable[[str, dict[str, str], Callable[[int, int, str], None]], None] = lambda *args: None
+        self.fill_image: Callable[[str, Callable[[int, int, str], None]], None] = lambda image, report: None
         """Called with an image that is to be fetched whole. No checkpoint."""
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -168,7 +170,12 @@ class SwarmPeer:
         if self._links is None:
             self._links = Links(Hello(0, self.id, 0, Kind.PEER), self._received, self._connected, self._lost)
             server = HttpServer(self._uploads.handle, pace=UploadPace(self._settings.upload_bytes_per_s))
-            self.port = await self._nursery.start(server.serve, self._settings.host, self._settings.port)
+            try:
+                self.port = await self._nursery.start(server.serve, self._settings.host, self._settings.port)
+            except OSError as error:
+                self._links = None
+                where = f"{self._settings.host}:{self._settings.port}"
+                raise UsageError(f"other nodes cannot be listened to on {where}: {error}; see --peer-listen") from error
             kind = Kind.SEED if self._settings.seed else Kind.PEER
             settings = self._settings
             hello = Hello(
@@ -350,8 +357,11 @@ class SwarmPeer:
         pending = {group for n in self._willing(task) for group in n.pending}
         for chunk in missing:
             group = group_of(task.space.table.extent(chunk)[0])
+            again = self._rest_of_holders(task, chunk)
             if group in task.leases:
                 ours.append(chunk)
+            elif again is not None and again - now < _BRIEF_S:
+                until[chunk] = again
             elif group in pending and chunk not in task.waiting:
                 until[chunk] = now + WAIT_S
             else:
@@ -379,13 +389,27 @@ class SwarmPeer:
                 self._meet(task, ruling.peer)
             later = LATER_S * (0.5 + self._rng.random())
             for chunk in chunks:
+                again = self._rest_of_holders(task, chunk)
                 until[chunk] = now + (later if ruling.verdict is Verdict.LATER else WAIT_S)
+                if again is not None:  # its holder only rests: nothing will be announced that is not known
+                    until[chunk] = min(until[chunk], again)
         for chunks in open_.values():  # not ruled upon: the scheduler does not know us yet
             for chunk in chunks:
                 until[chunk] = now + LATER_S
         if granted:
             self._uploads.set_pending(space_id, list(task.leases))
         return until
+
+    def _rest_of_holders(self, task: _Task, chunk: int) -> float | None:
+        """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""
+        return min(
+            (
+                n.peer.rests_until
+                for n in task.neighbours.values()
+                if n.listening and not n.peer.banned and n.have[chunk]
+            ),
+            default=None,
+        )
 
     def _is_complete(self, task: _Task, group: int) -> bool:
         return not task.space.missing(task.chunks_of(group))
@@ -499,7 +523,7 @@ class SwarmPeer:
                 if number and self._links is not None:
                     self._links.send(link, Filled(number, done, total, error))
 
-            self.fill_image(message.image, message.options, report)
+            self.fill_image(message.image, report)
 
     def _take_order(self, link: Link, message: Order) -> None:
         task = self._tasks.get(message.task)

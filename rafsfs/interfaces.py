@@ -125,8 +125,8 @@ class Swarm(Protocol):
     """Called with (space id, chunk) when a chunk that was waiting is to be asked for again."""
     fill_group: Callable[[bytes, list[int]], None]
     """Called with chunks that are this node's to fetch, whether anybody here reads them or not."""
-    fill_image: Callable[[str, dict[str, str], Callable[[int, int, str], None]], None]
-    """Called with (image, registry options, report) of an image that this node is to fetch whole; report(done, total, error)."""
+    fill_image: Callable[[str, Callable[[int, int, str], None]], None]
+    """Called with (image, report) of an image that this node is to fetch whole; report(done, total, error)."""
 
     @property
     def is_active(self) -> bool:

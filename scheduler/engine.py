@@ -380,7 +380,7 @@ class Engine:
             if other.contact.kind is Kind.SEED or (event.everybody and other.contact.kind is Kind.PEER)
         ]
         preheat = self.preheats[number] = PreheatState(peer, event.number, dict.fromkeys(nodes, (0, 0, "")))
-        return [*((name, Fill(number, event.image, event.options)) for name in nodes), *self._tell_tool(preheat)]
+        return [*((name, Fill(number, event.image)) for name in nodes), *self._tell_tool(preheat)]
 
     def _filled(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Filled)

@@ -184,7 +184,6 @@ class Preheat(msgspec.Struct, array_like=True, frozen=True, tag="preheat"):
     number: Count
     image: Text
     everybody: bool = False
-    options: dict[str, str] = {}
 
 
 class Fill(msgspec.Struct, array_like=True, frozen=True, tag="fill"):
@@ -192,7 +191,6 @@ class Fill(msgspec.Struct, array_like=True, frozen=True, tag="fill"):
 
     number: Count
     image: Text
-    options: dict[str, str] = {}
 
 
 class Filled(msgspec.Struct, array_like=True, frozen=True, tag="filled"):

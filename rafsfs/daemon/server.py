@@ -68,6 +68,8 @@ class DaemonSettings:
     fetch: FetchSettings = field(default_factory=FetchSettings)
     swarm: Callable[[Cache], AbstractAsyncContextManager[Swarm]] | None = None
     """Makes the peer of this node; None: a node by itself."""
+    registry: RegistryOptions = field(default_factory=RegistryOptions)
+    """How registries are reached for images that nobody here has named: those that a scheduler wants filled."""
     keeps_images: bool = False
     """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
 
@@ -314,16 +316,16 @@ class Daemon:
         self._fetcher.enter_swarm(opened.source, str(reference.with_digest(opened.image.digest)))
         return opened
 
-    def _fill_image(self, image: str, options: dict[str, str], report: Callable[[int, int, str], None]) -> None:
+    def _fill_image(self, image: str, report: Callable[[int, int, str], None]) -> None:
         """Fetch all of an image because a scheduler says so; twice at once is one filling with two listeners. No checkpoint."""
         waiting = self._fillings.get(image)
         if waiting is not None:
             waiting.append(report)
             return
         self._fillings[image] = [report]
-        self._nursery.start_soon(self._fill, image, options)
+        self._nursery.start_soon(self._fill, image)
 
-    async def _fill(self, image: str, options: dict[str, str]) -> None:
+    async def _fill(self, image: str) -> None:
         reports = self._fillings[image]
 
         def tell(done: int, total: int, error: str = "") -> None:
@@ -336,8 +338,7 @@ class Daemon:
                 await trio.sleep(1)
 
         try:
-            plain = RegistryOptions(plain_http=options.get("plain_http") == "yes")
-            opened = await self._open(image, plain)
+            opened = await self._open(image, self._settings.registry)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(tell_now_and_then, opened)
                 await self._fetcher.prefetch_all(opened.source)
@@ -359,7 +360,7 @@ class Daemon:
         """Open every image of the cache, so that others can have it from here."""
         for image, reference in await trio.to_thread.run_sync(self._cached_images):
             try:
-                await self._open(str(reference.with_digest(image)), RegistryOptions())
+                await self._open(str(reference.with_digest(image)), self._settings.registry)
             except RafsError as error:
                 _log.warning("cached image is not offered: ref=%s cause=%s", reference, error)
 
