@@ -1,4 +1,5 @@
-"""A neighbour as this peer sees it: where it is, how it has served, and its have-map of one task, kept by listening to it.
+"""The connection to a neighbour in one task: its have-map, kept by listening to it, and chunks taken from it. What is known of it is in
+`core.task.NeighbourView`; this module keeps that up to date.
 
 Concurrency: `listen` is one task; it alone changes the have-map, between checkpoints. `fetch` may run several times at once. Cancelled,
 `fetch` leaves chunks that are stored stored.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -20,10 +21,10 @@ from rafsfs.net.http1 import HttpPool, Response
 from rafsfs.net.origin import Origin, Target
 from rafsfs.store.data_space import DataSpace
 
+from .core.task import NeighbourView
 from .entitlement import proof, whole_proof
 from .have import HaveReader
-from .protocol.messages import Contact
-from .selection import FIRST_RATE, Offer, Run
+from .selection import Run
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ _SILENT_S: Final = 6.0
 STALL_S: Final = 3.0
 """A chunk that takes this long, and more than FACTOR times what the rate of the neighbour lets expect, is taken from somebody else."""
 _FACTOR: Final = 4.0
-_WEIGHT: Final = 0.3
 
 
 class BusyError(UnavailableError):
@@ -44,41 +44,17 @@ class AbsentError(UnavailableError):
 
 
 @dataclass(slots=True, eq=False)
-class Peer:
-    """Another node, over all tasks."""
-
-    contact: Contact
-    origin: Origin
-    rate: float = FIRST_RATE
-    under_way: int = 0
-    bytes_got: int = 0
-    banned: bool = False
-    rests_until: float = 0.0
-
-    def note(self, size: int, seconds: float) -> None:
-        """Note a transfer."""
-        self.bytes_got += size
-        self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
-
-
-@dataclass(slots=True, eq=False)
 class Neighbour:
-    """Another node in one task."""
+    """The connection to a neighbour in one task, and what is known of it."""
 
-    peer: Peer
+    view: NeighbourView
+    origin: Origin
     space: DataSpace
-    have: bytearray
-    pending: set[int] = field(default_factory=set)
-    listening: bool = False
 
     @property
     def id(self) -> str:
         """The id of the peer."""
-        return self.peer.contact.id
-
-    def offer(self) -> Offer:
-        """Return what selection needs to know."""
-        return Offer(self.have, self.peer.under_way, self.peer.rate)
+        return self.view.id
 
     async def listen(
         self,
@@ -88,30 +64,30 @@ class Neighbour:
         when_up: Callable[[], None],
     ) -> None:
         """Keep the have-map until the connection ends. Raises UnavailableError, RemoteError, FormatError."""
-        target = Target(self.peer.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
+        target = Target(self.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
         async with pool.get(target, headers) as response:
             if response.status != 200:
-                raise RemoteError(f"{self.peer.origin} answered {response.status} when asked for its have-map")
-            reader = HaveReader(self.have)
+                raise RemoteError(f"{self.origin} answered {response.status} when asked for its have-map")
+            reader = HaveReader(self.view.have)
             buffer = memoryview(bytearray(64 << 10))
-            self.listening = True
+            self.view.listening = True
             when_up()
             try:
                 while True:
                     with trio.move_on_after(_SILENT_S) as scope:
                         got = await response.read_some(buffer)
                     if scope.cancelled_caught:
-                        raise UnavailableError(f"{self.peer.origin} has been silent for {_SILENT_S:g} s")
+                        raise UnavailableError(f"{self.origin} has been silent for {_SILENT_S:g} s")
                     if not got:
-                        raise UnavailableError(f"{self.peer.origin} ended its have-map")
+                        raise UnavailableError(f"{self.origin} ended its have-map")
                     fresh = reader.feed(buffer[:got])
-                    self.pending = reader.pending
+                    self.view.pending = reader.pending
                     came(self, fresh)
                     if self.space.complete:
                         return
             finally:
-                self.listening = False
-                self.pending = set()
+                self.view.listening = False
+                self.view.pending = set()
 
     async def fetch(
         self,
@@ -127,7 +103,7 @@ class Neighbour:
         Raises IntegrityError for a chunk that is not what it should be, BusyError, AbsentError, UnavailableError, RemoteError.
         """
         table = self.space.table
-        self.peer.under_way += run.size
+        self.view.standing.under_way += run.size
         left = run.size
         try:
             async with self._request(run, pool, headers) as (response, count):
@@ -140,43 +116,43 @@ class Neighbour:
                         held, view = buffers.take(length)
                         started = trio.current_time()
                         await self._within(response, view, length)
-                        self.peer.note(length, trio.current_time() - started)
+                        self.view.standing.note(length, trio.current_time() - started)
                         position = offset + length
-                        self.peer.under_way -= length
+                        self.view.standing.under_way -= length
                         left -= length
                         nursery.start_soon(_keep, chunk, held, view, buffers, store, landed)
         finally:
-            self.peer.under_way -= left
+            self.view.standing.under_way -= left
 
     @asynccontextmanager
     async def _request(self, run: Run, pool: HttpPool, headers: dict[str, str]) -> AsyncIterator[tuple[Response, int]]:
         last = run.first + run.count - 1
         shown = proof(self.space.table, run.first, last)
-        target = Target(self.peer.origin, f"/v1/{self.space.space_id.hex()}/{run.first}-{last}/{shown}")
+        target = Target(self.origin, f"/v1/{self.space.space_id.hex()}/{run.first}-{last}/{shown}")
         with trio.move_on_after(STALL_S) as scope:
             response = await pool.open(target, headers)
         if scope.cancelled_caught:
-            raise UnavailableError(f"{self.peer.origin} did not answer within {STALL_S:g} s")
+            raise UnavailableError(f"{self.origin} did not answer within {STALL_S:g} s")
         try:
             if response.status == 503:
-                raise BusyError(f"{self.peer.origin} is busy")
+                raise BusyError(f"{self.origin} is busy")
             if response.status == 409:
-                raise AbsentError(f"{self.peer.origin} does not have chunk {run.first}")
+                raise AbsentError(f"{self.origin} does not have chunk {run.first}")
             if response.status != 200:
-                raise RemoteError(f"{self.peer.origin} answered {response.status}")
+                raise RemoteError(f"{self.origin} answered {response.status}")
             text = response.headers.get("rafs-chunks") or ""
             if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= run.count:
-                raise RemoteError(f"{self.peer.origin} gives {text[:20]!r} chunks, expected 1 to {run.count}")
+                raise RemoteError(f"{self.origin} gives {text[:20]!r} chunks, expected 1 to {run.count}")
             yield response, int(text)
         finally:
             response.close()
 
     async def _within(self, response: Response, view: memoryview, length: int) -> None:
-        limit = max(STALL_S, _FACTOR * (self.peer.under_way + length) / max(self.peer.rate, 1.0))
+        limit = max(STALL_S, _FACTOR * (self.view.standing.under_way + length) / max(self.view.standing.rate, 1.0))
         with trio.move_on_after(limit) as scope:
             await response.readinto(view)
         if scope.cancelled_caught:
-            raise UnavailableError(f"{self.peer.origin} sent no whole chunk within {limit:.1f} s")
+            raise UnavailableError(f"{self.origin} sent no whole chunk within {limit:.1f} s")
 
 
 async def _keep(

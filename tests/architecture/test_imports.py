@@ -91,6 +91,20 @@ def test_the_format_does_no_io_and_asks_no_clock() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize(
+    "area", ["p2p.core", "p2p.selection", "scheduler.engine", "scheduler.state", "scheduler.weights"]
+)
+def test_decisions_of_the_swarm_do_no_io_and_ask_no_clock(area: str) -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module in modules()
+        if inside(module, area)
+        for name in imports(module)
+        if package_of(name) in _NO_IO - {"random"} or inside(name, "rafsfs.store") or inside(name, "rafsfs.net")
+    ]
+    assert wrong == [], "randomness comes as an argument, the rest from the shell"
+
+
 def test_the_format_opens_no_file() -> None:
     wrong = [
         f"{module} calls {call}"

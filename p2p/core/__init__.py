@@ -1,0 +1,1 @@
+"""The decisions of a peer. Pure: no clock, no socket, no event loop; daemon and simulator run exactly this."""

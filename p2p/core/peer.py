@@ -1,0 +1,267 @@
+"""The peer's decisions over all its tasks: (state, event, now) → effects. Pure but for its own state; randomness from the caller.
+
+Decided here: when news go to the scheduler, which leases are renewed, when a waiting chunk is given back, who is met, rested from, banned,
+and what a lost scheduler means. One request for chunks is decided in errand.py. Rules that the tests hold: a chunk that waits is given back
+when a neighbour has it, when somebody is lost, or at its time; a peer that sent a wrong chunk is never asked again; the scheduler is told
+of every complete group, once per membership.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from ..protocol.groups import pack_bits
+from ..protocol.messages import (
+    Complaint,
+    Contact,
+    Done,
+    Failed,
+    FromScheduler,
+    Join,
+    Leave,
+    Neighbours,
+    Order,
+    Progress,
+    Report,
+    Revoke,
+)
+from ..selection import rarest_first
+from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
+from .errand import Errand
+from .task import Content, NeighbourView, PeerTask, Standing
+
+NEWS_S: Final = 0.5
+"""How long complete groups are gathered before the scheduler is told, unless they end a lease."""
+RENEW_S: Final = 3.0
+REST_S: Final = 1.0
+"""A neighbour that stalled is not asked for this long, if others have the chunk."""
+BUSY_S: Final = (0.05, 0.15)
+"""A neighbour whose slots are all busy is asked again after so long, at random."""
+_ASKED_BEFORE_S: Final = 3600.0
+"""A chunk that has waited once stays in `waiting` with a time this far away: the next time the scheduler is asked."""
+
+
+class PeerCore:
+    """The state of one peer."""
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.id = name
+        self.rng = rng
+        self.tasks: dict[bytes, PeerTask] = {}
+        self.standings: dict[str, Standing] = {}
+        self.counters: Counter[str] = Counter()
+        self._news_told = 0.0
+        self._renewed = 0.0
+
+    # ---- tasks ---------------------------------------------------------------------------------------------------
+
+    def enter(self, task_id: bytes, content: Content, image: str) -> PeerTask:
+        """Take part in a task, with what is here of it; the scheduler is told by `join`."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            task = self.tasks[task_id] = PeerTask(task_id, content, image)
+            task.finished = {group for group in range(content.groups) if task.is_complete(group)}
+        return task
+
+    def leave(self, task_id: bytes) -> Effects:
+        """Take part no longer."""
+        task = self.tasks.pop(task_id, None)
+        return [Send(task_id, Leave(task_id))] if task is not None and task.joined else []
+
+    def join(self, task: PeerTask, scheduler: str) -> Effects:
+        """Tell the scheduler at this address of a task and of all that is here."""
+        task.joined = scheduler
+        task.news = []
+        have = pack_bits(task.finished, task.content.groups)
+        return [Send(task.task, Join(task.task, task.content.groups, task.image, have))]
+
+    def errand(self, task: PeerTask, chunks: list[int]) -> Errand:
+        """Return the decisions about a request for chunks, ascending."""
+        return Errand(task, chunks, self.rng, self.counters, self.meet)
+
+    def landed(self, task_id: bytes, chunk: int, now: float) -> Effects:
+        """A chunk is here, from wherever."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            return []
+        task.waiting.pop(chunk, None)
+        group = task.content.group(chunk)
+        if group in task.leases:
+            task.leases[group] = now
+        if group in task.finished or not task.is_complete(group):
+            return []
+        task.finished.add(group)
+        task.news.append(group)
+        if task.leases.pop(group, None) is None:
+            return []
+        return [*self._tell_news(task), ShowPending(task_id, list(task.leases))]
+
+    def gave_up(self, task_id: bytes, chunks: Iterable[int], cause: str) -> Effects:
+        """The registry did not give these: their leases go back."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            return []
+        groups = sorted({task.content.group(chunk) for chunk in chunks} & task.leases.keys())
+        for group in groups:
+            del task.leases[group]
+        if not groups:
+            return []
+        return [Send(task_id, Failed(task_id, groups, cause[:400])), ShowPending(task_id, list(task.leases))]
+
+    def order(self, task: PeerTask, batches: list[list[int]], now: float) -> list[list[int]]:
+        """Return batches of chunks in the order in which to prefetch them: what is rare among neighbours first."""
+        maps = [n.have for n in task.willing(now)]
+        ranked = rarest_first(range(len(batches)), lambda n: sum(have[batches[n][0]] for have in maps), self.rng)
+        return [batches[n] for n in ranked]
+
+    # ---- neighbours ----------------------------------------------------------------------------------------------
+
+    def meet(self, task: PeerTask, contact: Contact) -> Effects:
+        """Make somebody a neighbour, unless it is one, is banned, cannot be reached or is this peer itself."""
+        if contact.id == self.id or contact.id in task.neighbours or not contact.port:
+            return []
+        standing = self.standings.get(contact.id)
+        if standing is None or standing.contact != contact:
+            standing = self.standings[contact.id] = Standing(contact)
+        if standing.banned:
+            return []
+        view = task.neighbours[contact.id] = NeighbourView(standing, bytearray(task.content.count))
+        return [Listen(task.task, view)]
+
+    def part(self, task: PeerTask, view: NeighbourView, *, unreachable: bool) -> Effects:
+        """A neighbour is not listened to any more; `unreachable`: it was wanted."""
+        if task.neighbours.get(view.id) is view:
+            del task.neighbours[view.id]
+        return self._report(task, view, Complaint.UNREACHABLE) if unreachable else []
+
+    def heard(self, task: PeerTask, fresh: list[int]) -> Effects:
+        """A neighbour has more: what waits for it goes on."""
+        effects: Effects = []
+        for chunk in fresh:
+            if chunk in task.waiting:
+                del task.waiting[chunk]
+                effects.append(Requeue(task.task, chunk))
+        return effects
+
+    def silent(self, task: PeerTask) -> None:
+        """Somebody is gone: what waits asks again at the next tick."""
+        for chunk in task.waiting:
+            task.waiting[chunk] = 0.0
+
+    def was_corrupt(self, task: PeerTask, view: NeighbourView) -> Effects:
+        """A neighbour sent a wrong chunk: it is asked for nothing any more."""
+        view.standing.banned = True
+        self.counters["corrupt"] += 1
+        return self._report(task, view, Complaint.CORRUPT)
+
+    def was_busy(self, view: NeighbourView, now: float) -> None:
+        """A neighbour has no slot free."""
+        self.counters["busy"] += 1
+        view.standing.rests_until = now + self.rng.uniform(*BUSY_S)
+
+    def was_absent(self, view: NeighbourView, chunk: int) -> None:
+        """A neighbour does not have a chunk, whatever its map says."""
+        self.counters["absent"] += 1
+        view.have[chunk] = 0
+
+    def was_stalled(self, view: NeighbourView, now: float) -> None:
+        """A neighbour did not deliver."""
+        self.counters["stalled"] += 1
+        view.standing.rests_until = now + REST_S
+
+    def _report(self, task: PeerTask, view: NeighbourView, what: Complaint) -> Effects:
+        return [Send(task.task, Report(task.task, view.id, what))]
+
+    # ---- scheduler -----------------------------------------------------------------------------------------------
+
+    def connected(self, scheduler: str, home: Callable[[bytes], str]) -> Effects:
+        """A scheduler has come: tasks that belong to it (`home` of a task: its address) move there."""
+        effects: Effects = []
+        for task in self.tasks.values():
+            if home(task.task) == scheduler:
+                effects += self.join(task, scheduler)
+        return effects
+
+    def lost(self, scheduler: str, home: Callable[[bytes], str]) -> Effects:
+        """A scheduler has gone: its tasks go to the next, if there is one (`home` is not empty)."""
+        effects: Effects = []
+        for task in self.tasks.values():
+            if task.joined == scheduler:
+                task.joined = ""
+                task.leases.clear()
+                effects.append(ShowPending(task.task, []))
+                self.silent(task)
+                following = home(task.task)
+                if following:
+                    effects += self.join(task, following)
+        return effects
+
+    def unsent(self, effect: Send) -> None:
+        """A message could not be queued: news are told again."""
+        task = self.tasks.get(effect.task)
+        if task is None:
+            return
+        if isinstance(effect.message, Done):
+            task.news = effect.message.groups + task.news
+        elif isinstance(effect.message, Join):
+            task.joined = ""
+
+    def received(self, message: FromScheduler, now: float) -> Effects:
+        """Take one message of a scheduler, but for answers, and what concerns whole images."""
+        if isinstance(message, Neighbours):
+            task = self.tasks.get(message.task)
+            if task is None or task.content.complete:
+                return []
+            return [effect for contact in message.peers for effect in self.meet(task, contact)]
+        if isinstance(message, Order):
+            return self._take_order(message, now)
+        if isinstance(message, Revoke):
+            task = self.tasks.get(message.task)
+            if task is not None:
+                for group in message.groups:
+                    task.leases.pop(group, None)
+                return [ShowPending(task.task, list(task.leases))]
+        return []
+
+    def _take_order(self, message: Order, now: float) -> Effects:
+        task = self.tasks.get(message.task)
+        if task is None or message.group >= task.content.groups:
+            return [Send(message.task, Failed(message.task, [message.group], "this node does not know the task"))]
+        missing = task.content.missing(task.content.chunks_of(message.group))
+        if not missing:
+            task.news.append(message.group)
+            return self._tell_news(task)
+        task.leases[message.group] = now
+        return [ShowPending(task.task, list(task.leases)), FillGroup(task.task, missing)]
+
+    def _tell_news(self, task: PeerTask) -> Effects:
+        if not task.news or not task.joined:
+            return []
+        news, task.news = task.news, []
+        return [Send(task.task, Done(task.task, news))]
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> Effects:
+        """Give back what has waited long enough; announce; renew leases that move. To be called ten times a second."""
+        effects: Effects = []
+        tell = now - self._news_told > NEWS_S
+        renew = now - self._renewed > RENEW_S
+        for task in self.tasks.values():
+            for chunk in [chunk for chunk, until in task.waiting.items() if until <= now]:
+                task.waiting[chunk] = now + _ASKED_BEFORE_S
+                effects.append(Requeue(task.task, chunk))
+            if tell:
+                effects += self._tell_news(task)
+            if renew and task.leases:
+                alive = [group for group, landed in task.leases.items() if now - landed < 2 * RENEW_S]
+                if alive:
+                    effects.append(Send(task.task, Progress(task.task, alive)))
+        if tell:
+            self._news_told = now
+        if renew:
+            self._renewed = now
+        return effects

@@ -1,0 +1,129 @@
+"""A task as a peer sees it: what is here, what neighbours have, what is leased, what waits. Plain data and the small questions to it;
+decisions are in peer.py and errand.py.
+
+Memory: one byte per chunk and neighbour, about 100 bytes per chunk that waits and per live lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from ..protocol.messages import Contact
+from ..selection import FIRST_RATE, Offer
+
+_WEIGHT: Final = 0.3
+"""Of the newest transfer in the rate that a peer is believed to give."""
+
+
+class Content(Protocol):
+    """A data space of this node, as decisions need it: chunks are numbered by where they start, a group holds adjacent ones."""
+
+    @property
+    def count(self) -> int:
+        """Chunks."""
+
+    @property
+    def groups(self) -> int:
+        """Groups."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all chunks are here."""
+
+    def length(self, chunk: int) -> int:
+        """Return the bytes of a chunk."""
+
+    def group(self, chunk: int) -> int:
+        """Return the group that a chunk starts in."""
+
+    def chunks_of(self, group: int) -> range:
+        """Return the chunks that start in a group."""
+
+    def missing(self, chunks: Iterable[int]) -> list[int]:
+        """Return those of `chunks` that are not here, in their order."""
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """Another node, over all tasks: how it has served."""
+
+    contact: Contact
+    rate: float = FIRST_RATE
+    """Bytes per second."""
+    under_way: int = 0
+    """Bytes asked for and not here yet."""
+    bytes_got: int = 0
+    banned: bool = False
+    rests_until: float = 0.0
+
+    def note(self, size: int, seconds: float) -> None:
+        """Note a transfer."""
+        self.bytes_got += size
+        self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
+
+
+@dataclass(slots=True, eq=False)
+class NeighbourView:
+    """Another node in one task."""
+
+    standing: Standing
+    have: bytearray
+    """One byte per chunk: 1 is there."""
+    pending: set[int] = field(default_factory=set)
+    """Groups that it is fetching from the registry."""
+    listening: bool = False
+    """Whether its have-map is followed; otherwise it may be gone."""
+
+    @property
+    def id(self) -> str:
+        """The id of the peer."""
+        return self.standing.contact.id
+
+
+@dataclass(slots=True, eq=False)
+class PeerTask:
+    """A data space in the swarm."""
+
+    task: bytes
+    content: Content
+    image: str
+    neighbours: dict[str, NeighbourView] = field(default_factory=dict)
+    leases: dict[int, float] = field(default_factory=dict)
+    """Of groups that are ours to fetch, when a chunk of them landed last."""
+    waiting: dict[int, float] = field(default_factory=dict)
+    """Of chunks that wait for a neighbour, until when."""
+    joined: str = ""
+    """Address of the scheduler that knows of us."""
+    finished: set[int] = field(default_factory=set)
+    """Groups complete here and announced, or about to be."""
+    news: list[int] = field(default_factory=list)
+    """Of these, what the scheduler has not been told."""
+
+    def is_complete(self, group: int) -> bool:
+        """Tell whether all chunks of a group are here."""
+        return not self.content.missing(self.content.chunks_of(group))
+
+    def willing(self, now: float) -> list[NeighbourView]:
+        """Return the neighbours that may be asked for chunks."""
+        return [
+            n
+            for n in self.neighbours.values()
+            if n.listening and not n.standing.banned and n.standing.rests_until <= now
+        ]
+
+    def offers(self, now: float) -> dict[str, Offer]:
+        """Return what selection needs to know of them."""
+        return {n.id: Offer(n.have, n.standing.under_way, n.standing.rate) for n in self.willing(now)}
+
+    def rest_of_holders(self, chunk: int) -> float | None:
+        """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""
+        return min(
+            (
+                n.standing.rests_until
+                for n in self.neighbours.values()
+                if n.listening and not n.standing.banned and n.have[chunk]
+            ),
+            default=None,
+        )
