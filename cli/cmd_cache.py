@@ -1,9 +1,10 @@
-"""`rafs cache`: what is on this node, and taking it off."""
+"""`rafs cache`: what is on this node, keeping it there, and taking it off."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -14,8 +15,9 @@ from rafsfs.daemon.launch import connect
 from rafsfs.errors import DaemonError, IntegrityError, UsageError
 from rafsfs.fuse.spec import load_specs
 from rafsfs.store.cache import Cache
+from rafsfs.store.listing import list_cache
 
-from .options import cache_dir_option, json_option, option
+from .options import SizeType, cache_dir_option, json_option, option
 from .output import existing_parent, print_json, print_table, size
 from .run import run_async
 
@@ -44,29 +46,11 @@ async def _look(cache_dir: str) -> dict[str, Any]:
 def _look_at_directory(cache_dir: str) -> dict[str, Any]:
     path = os.path.abspath(cache_dir)
     if not os.path.isdir(path):
-        return {"cache_dir": path, "images": [], "spaces": []}
+        return {"cache_dir": path, "quota_bytes": None, "images": [], "spaces": []}
     cache = Cache.open(path, exclusive=False)
     mounted = {spec.digest for spec in load_specs(path)}  # workers serve on without a daemon
     try:
-        return {
-            "cache_dir": path,
-            "images": [
-                {"digest": str(image.digest), "references": image.references(), "mounted": str(image.digest) in mounted}
-                for image in cache.images()
-            ],
-            "spaces": [
-                {
-                    "id": space.space_id.hex(),
-                    "size": space.size,
-                    "chunks": space.chunks,
-                    "present_chunks": space.present_chunks,
-                    "present_bytes": space.present_bytes,
-                    "images": space.images,
-                    "in_use": not mounted.isdisjoint(space.images),
-                }
-                for space in cache.spaces()
-            ],
-        }
+        return list_cache(cache, mounted, set(), None)
     finally:
         cache.close(clean=False)
 
@@ -85,7 +69,11 @@ def list_command(cache_dir: str, as_json: bool) -> None:
         return
     print_table(
         [
-            (image["digest"][:19], "mounted" if image["mounted"] else "-", ", ".join(image["references"]))
+            (
+                image["digest"][:19],
+                _state("mounted" if image["mounted"] else "", image["pinned"]),
+                ", ".join(image["references"]),
+            )
             for image in found["images"]
         ],
         header=("IMAGE", "STATE", "REFERENCES"),
@@ -96,13 +84,27 @@ def list_command(cache_dir: str, as_json: bool) -> None:
                 space["id"][:16],
                 f"{size(space['present_bytes'])} of {size(space['size'])}",
                 f"{space['present_chunks']}/{space['chunks']}",
-                "in use" if space["in_use"] else "-",
+                _state("in use" if space["in_use"] else "", space["pinned"]),
+                _ago(space["last_used"]),
                 len(space["images"]),
             )
             for space in found["spaces"]
         ],
-        header=("DATA SPACE", "PRESENT", "CHUNKS", "STATE", "IMAGES"),
+        header=("DATA SPACE", "PRESENT", "CHUNKS", "STATE", "LAST USED", "IMAGES"),
     )
+
+
+def _state(used: str, pinned: bool) -> str:
+    return ", ".join(filter(None, (used, "pinned" if pinned else ""))) or "-"
+
+
+def _ago(seconds: float) -> str:
+    """Return how long ago a time was, in one unit: the hours matter, not the seconds."""
+    past = max(0, int(time.time() - seconds))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if past >= length:
+            return f"{past // length} {unit} ago"
+    return f"{past} s ago"
 
 
 @command.command("du")
@@ -121,6 +123,8 @@ def usage_command(cache_dir: str, as_json: bool) -> None:
         "disk_bytes": used,
         "present_bytes": sum(space["present_bytes"] for space in found["spaces"]),
         "in_use_bytes": sum(space["present_bytes"] for space in found["spaces"] if space["in_use"]),
+        "pinned_bytes": sum(space["present_bytes"] for space in found["spaces"] if space["pinned"]),
+        "quota_bytes": found["quota_bytes"],
         "free_bytes": free,
     }
     if as_json:
@@ -128,7 +132,9 @@ def usage_command(cache_dir: str, as_json: bool) -> None:
     else:
         print(
             f"{facts['cache_dir']}: {size(used)} on disk, {size(facts['present_bytes'])} of data, "
-            f"{size(facts['in_use_bytes'])} in use, {size(free)} free"
+            f"{size(facts['in_use_bytes'])} in use, {size(facts['pinned_bytes'])} pinned, "
+            + (f"quota {size(facts['quota_bytes'])}, " if facts["quota_bytes"] else "")
+            + f"{size(free)} free"
         )
 
 
@@ -182,3 +188,65 @@ def remove_command(image: str | None, unused: bool, cache_dir: str, as_json: boo
         print(
             f"{len(found['images'])} images and {found['spaces']} data spaces removed, {size(found['freed_bytes'])} freed"
         )
+
+
+@command.command("gc")
+@option(
+    "--to",
+    "target",
+    envvar="RAFS_TO",
+    type=SizeType(),
+    metavar="SIZE",
+    help="Go down to this much data.  [default: 85% of the quota]",
+)
+@option("--dry-run", is_flag=True, envvar="RAFS_DRY_RUN", help="Only show what would go.")
+@cache_dir_option
+@json_option
+def collect_command(target: int | None, dry_run: bool, cache_dir: str, as_json: bool) -> None:
+    """Evict data, the least recently used first; what is in use or pinned stays. Without a quota and without --to, remove only what
+    belongs to no image any more.
+
+    Example: rafs cache gc --to 200GiB --dry-run
+    """
+    found = run_async(_call, cache_dir, "cache_collect", {"target_bytes": target, "dry_run": dry_run})
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        [(space["id"][:16], size(space["bytes"]), _ago(space["last_used"])) for space in found["evicted"]],
+        header=("DATA SPACE", "FREED", "LAST USED") if found["evicted"] else None,
+    )
+    print(f"{size(found['freed_bytes'])} {'would be ' if dry_run else ''}freed, {size(found['held_bytes'])} held now")
+
+
+@command.command("pin")
+@click.argument("image")
+@cache_dir_option
+@json_option
+def pin_command(image: str, cache_dir: str, as_json: bool) -> None:
+    """Keep the data of IMAGE, a reference or digest, from eviction and removal. What has not been fetched yet is not fetched by this: see
+    `rafs pull`.
+
+    Example: rafs cache pin registry.example/models/llama:v1
+    """
+    _pin(image, cache_dir, as_json, pinned=True)
+
+
+@command.command("unpin")
+@click.argument("image")
+@cache_dir_option
+@json_option
+def unpin_command(image: str, cache_dir: str, as_json: bool) -> None:
+    """Let the data of IMAGE be evicted again.
+
+    Example: rafs cache unpin registry.example/models/llama:v1
+    """
+    _pin(image, cache_dir, as_json, pinned=False)
+
+
+def _pin(image: str, cache_dir: str, as_json: bool, *, pinned: bool) -> None:
+    found = run_async(_call, cache_dir, "cache_pin", {"image": image, "pinned": pinned})
+    if as_json:
+        print_json(found)
+    else:
+        print(f"{', '.join(found['images'])} {'pinned' if pinned else 'unpinned'}")

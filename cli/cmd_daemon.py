@@ -12,7 +12,15 @@ from rafsfs.daemon.server import DaemonSettings, run_daemon
 from rafsfs.errors import DaemonError
 from rafsfs.fetch.source import FetchSettings
 
-from .options import SizeType, cache_dir_option, option, registry_options, take_registry_options
+from .options import (
+    SizeType,
+    cache_dir_option,
+    option,
+    quota_of,
+    quota_option,
+    registry_options,
+    take_registry_options,
+)
 from .process import wait_ended
 from .run import run_async
 from .swarm import swarm_factory, swarm_options, take_swarm_options
@@ -55,6 +63,7 @@ _STOP_S: Final = 60.0
     show_default=True,
     help="How much is logged, on standard error.",
 )
+@quota_option
 @swarm_options
 @registry_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
@@ -64,6 +73,7 @@ def command(
     connections: int,
     buffer_size: int,
     readahead: int,
+    quota: str,
     log_level: str,
     stop: bool,
     unmount: bool,
@@ -86,6 +96,7 @@ def command(
         swarm=swarm_factory(swarm),
         registry=take_registry_options(options),
         keeps_images=swarm.seed,
+        quota=quota_of(quota, cache_dir, is_seed=swarm.seed),
     )
     run_async(run_daemon, cache_dir, settings)
 

@@ -23,6 +23,7 @@ from .options import (
     json_option,
     mountpoint_of,
     option,
+    quota_of,
     registry_options,
     scheduler_option,
     take_registry_options,
@@ -122,7 +123,9 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
             nursery.start_soon(_mount_in, cache_dir, params, daemon, failure)
 
         settings = DaemonSettings(
-            fetch=FetchSettings(deadline_s=params["deadline_s"]), swarm=swarm_factory(settings_from_environment())
+            fetch=FetchSettings(deadline_s=params["deadline_s"]),
+            swarm=swarm_factory(settings_from_environment()),
+            quota=quota_of(os.environ.get("RAFS_QUOTA", ""), cache_dir, is_seed=False),
         )
         await run_daemon(cache_dir, settings, ready=ready)
     if failure:

@@ -15,6 +15,7 @@ from rafsfs.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from rafsfs.registry.options import RegistryOptions
+    from rafsfs.store.eviction import Quota
 
 SHARED: Final = frozenset(
     {"cache_dir", "plain_http", "ca_file", "client_cert", "client_key", "registry_timeout", "scheduler"}
@@ -73,6 +74,28 @@ def cache_dir_option(function: _F) -> _F:
         default=default_cache_dir,
         help="Cache directory of the node; one daemon each.  [default: /var/lib/rafs for root, else ~/.cache/rafs]",
     )(function)
+
+
+def quota_option(function: _F) -> _F:
+    """Add --quota."""
+    return option(
+        "--quota",
+        envvar="RAFS_QUOTA",
+        default="",
+        metavar="SIZE|PERCENT%|none",
+        help="Data that the cache holds at most, of the file system if in percent; what is mounted or pinned stays."
+        "  [default: none; 80% for a seed]",
+    )(function)
+
+
+def quota_of(text: str, cache_dir: str, *, is_seed: bool) -> Quota | None:
+    """Return what --quota says for a cache directory. Raises UsageError."""
+    from rafsfs.store.eviction import SEED_SHARE, parse_quota  # noqa: PLC0415
+
+    from .output import existing_parent  # noqa: PLC0415
+
+    disk = os.statvfs(existing_parent(cache_dir))
+    return parse_quota(text or (f"{SEED_SHARE}%" if is_seed else "none"), disk.f_blocks * disk.f_frsize)
 
 
 def scheduler_option(function: _F) -> _F:

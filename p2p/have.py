@@ -76,7 +76,11 @@ class HaveReader:
             return []
         if kind == _ALL and isinstance(value, bytes):
             chunks = unpack_bits(value, len(self._have))
-        elif kind == _MORE and isinstance(value, list):
+            self._have[:] = bytes(len(self._have))  # what was evicted since the last connection is not there
+            for chunk in chunks:
+                self._have[chunk] = 1
+            return list(chunks)
+        if kind == _MORE and isinstance(value, list):
             chunks = value
         else:
             return []  # of a later version
@@ -97,6 +101,13 @@ class Subscriber:
         self._chunks: list[int] = []
         self._pending: list[int] | None = None
         self._event = trio.Event()
+        self.ended = False
+        """Whether there is nothing more to come."""
+
+    def end(self) -> None:
+        """Tell the neighbour that this was all. No checkpoint."""
+        self.ended = True
+        self._event.set()
 
     def add(self, chunk: int) -> None:
         """A chunk has come. No checkpoint."""

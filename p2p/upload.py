@@ -16,6 +16,7 @@ from typing import Final
 
 import trio
 
+from rafsfs.errors import CacheError
 from rafsfs.net.http_server import Answer, FileRange, Request
 from rafsfs.store.data_space import DataSpace
 
@@ -70,6 +71,11 @@ class Uploads:
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.add(chunk)
 
+    def drop(self, space_id: bytes) -> None:
+        """End the have-maps of a data space that is no longer offered. No checkpoint."""
+        for subscriber in self._subscribers.get(space_id, ()):
+            subscriber.end()
+
     def set_pending(self, space_id: bytes, groups: list[int]) -> None:
         """Tell all who listen what is being fetched. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):
@@ -90,7 +96,11 @@ class Uploads:
             return Answer(503, b"all slots are busy\n", {"Retry-After": "1"})
         offset = space.table.extent(first)[0]
         end = sum(space.table.extent(first + count - 1))
-        fd = os.open(os.path.join(space.path, "data"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = space.duplicate()
+        except CacheError:  # evicted just now
+            return Answer(404, b"no such thing here\n")
+        space.touch()
         self._busy += 1
         self.counters["requests"] += 1
         self.counters["bytes"] += end - offset
@@ -111,7 +121,7 @@ class Uploads:
         with self._subscribed(space.space_id) as subscriber:
             present = [chunk for chunk in range(space.table.count) if space.is_present(chunk)]
             yield all_frame(pack_bits(present, space.table.count)) + pending_frame(self._pending(space.space_id))
-            while True:
+            while not subscriber.ended:
                 yield await subscriber.next(KEEP_ALIVE_S)
                 await trio.sleep(_GATHER_S)
 

@@ -116,6 +116,21 @@ class Obtained:
     """Somebody else fetches them: `requeue` gives them back."""
 
 
+class Room(Protocol):
+    """Space in the cache, as the fetch pipeline sees it. Implemented by daemon/eviction.py."""
+
+    def stored(self, size: int) -> None:
+        """Say that so many bytes more are held. No checkpoint."""
+
+    async def make_room(self, size: int) -> None:
+        """Return when so many bytes more fit into the quota. Raises CacheFullError if what is in use fills it: for whoever can wait, not
+        for readers.
+        """
+
+    def relieve(self, done: Callable[[bool], None]) -> None:
+        """The disk is full: evict what may go, then call done(whether anything went). No checkpoint here, none in `done`."""
+
+
 class Swarm(Protocol):
     """The other nodes, as the fetch pipeline of a daemon sees them. Implemented by p2p/swarm.py. Methods that are not async have
     no checkpoint.

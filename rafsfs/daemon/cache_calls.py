@@ -1,4 +1,4 @@
-"""What `rafs cache` asks of the daemon: list, remove, verify. Rule: nothing that a mount or a pull uses is ever removed."""
+"""What `rafs cache` asks of the daemon: list, remove, verify, evict, pin. Rule: nothing that a mount or a pull uses is ever removed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import trio
 
 from ..errors import CacheError, UsageError
-from ..store.cache import Cache
+from ..store.cache import Cache, CachedImage
 from ..store.data_space import DataSpace
+from ..store.listing import list_cache
+from .eviction import Evictor
 from .images import OpenImages
 from .session import Progress
 
@@ -17,73 +19,103 @@ from .session import Progress
 class CacheCalls:
     """The calls. `mounted` returns the digests of the images that are mounted."""
 
-    def __init__(self, cache: Cache, images: OpenImages, mounted: Callable[[], set[str]]) -> None:
+    def __init__(self, cache: Cache, images: OpenImages, evictor: Evictor, mounted: Callable[[], set[str]]) -> None:
         self._cache = cache
         self._images = images
+        self._evictor = evictor
         self._mounted = mounted
 
-    async def list(self) -> dict[str, Any]:
-        """Return images and data spaces, with what is in use."""
-        used = self._images.used_spaces()
-        images = []
-        for image in await trio.to_thread.run_sync(self._cache.images):
-            mounted = str(image.digest) in self._mounted()
-            images.append({"digest": str(image.digest), "references": image.references(), "mounted": mounted})
-        spaces = [
-            {
-                "id": space.space_id.hex(),
-                "size": space.size,
-                "chunks": space.chunks,
-                "present_chunks": space.present_chunks,
-                "present_bytes": space.present_bytes,
-                "images": space.images,
-                "in_use": space.space_id in used,
-            }
-            for space in await trio.to_thread.run_sync(self._cache.spaces)
-        ]
-        return {"cache_dir": self._cache.path, "images": images, "spaces": spaces}
+    async def show(self) -> dict[str, Any]:
+        """Return images and data spaces, with what is in use, what is pinned and what was used when."""
+        used = self._cache.used_spaces()
+        quota = self._evictor.quota
+        return await trio.to_thread.run_sync(
+            lambda: list_cache(self._cache, self._mounted(), used, quota.limit if quota else None)
+        )
 
     async def remove(self, wanted: str | None) -> dict[str, Any]:
         """Remove an image by digest or reference, or everything that is not in use, and the spaces nobody else needs."""
         in_use = self._mounted() | self._images.digests()
-        images = await trio.to_thread.run_sync(self._cache.images)
         if wanted:
-            doomed = [image for image in images if wanted in {str(image.digest), image.digest.hex, *image.references()}]
-            if not doomed:
-                raise UsageError(f"no image {wanted} in cache {self._cache.path}; see `rafs cache ls`")
+            doomed = await self._find(wanted)
             held = next((image for image in doomed if str(image.digest) in in_use), None)
             if held:
                 raise CacheError(f"image {held.digest} is mounted; unmount it before it is removed")
+            pinned = next((image for image in doomed if image.pinned), None)
+            if pinned:
+                raise CacheError(f"image {pinned.digest} is pinned; `rafs cache unpin` it before it is removed")
         else:
-            doomed = [image for image in images if str(image.digest) not in in_use]
-        for image in doomed:
-            self._cache.remove_image(image.digest)
-        freed = 0
-        removed = 0
-        used = self._images.used_spaces()
+            images = await trio.to_thread.run_sync(self._cache.images)
+            doomed = [image for image in images if str(image.digest) not in in_use and not image.pinned]
+        gone = [image for image in doomed if self._images.forget(image.digest)]
+        if wanted and not gone:
+            raise CacheError(f"image {wanted} is about to be used; try again")
+        removed, freed = await self._remove_orphans()
+        return {"images": [str(image.digest) for image in gone], "spaces": removed, "freed_bytes": freed}
+
+    async def _remove_orphans(self) -> tuple[int, int]:
+        """Remove the data spaces that no image names; return how many and their bytes."""
+        removed = freed = 0
         for space in await trio.to_thread.run_sync(self._cache.spaces):
-            if not space.images and space.space_id not in used:
-                freed += await trio.to_thread.run_sync(self._cache.remove_space, space.space_id)
+            if not space.images and await self._evictor.remove(space.space_id):
+                freed += space.present_bytes
                 removed += 1
-        return {"images": [str(image.digest) for image in doomed], "spaces": removed, "freed_bytes": freed}
+        await trio.to_thread.run_sync(self._cache.tidy)
+        return removed, freed
+
+    async def _find(self, wanted: str) -> list[CachedImage]:
+        images = await trio.to_thread.run_sync(self._cache.images)
+        found = [image for image in images if wanted in {str(image.digest), image.digest.hex, *image.references()}]
+        if not found:
+            raise UsageError(f"no image {wanted} in cache {self._cache.path}; see `rafs cache ls`")
+        return found
+
+    async def collect(self, target_bytes: int | None, *, dry_run: bool) -> dict[str, Any]:
+        """Remove what no image names, and evict down to `target_bytes`, or to what the quota lets be held."""
+        removed, freed = (0, 0) if dry_run else await self._remove_orphans()
+        if target_bytes is None and self._evictor.quota is not None:
+            target_bytes = self._evictor.quota.low
+        gone = [] if target_bytes is None else await self._evictor.evict(target_bytes, dry_run=dry_run)
+        return {
+            "evicted": [
+                {"id": space.space_id.hex(), "bytes": space.held_bytes, "last_used": int(space.last_used)}
+                for space in gone
+            ],
+            "orphans": removed,
+            "freed_bytes": freed + sum(space.held_bytes for space in gone),
+            "target_bytes": target_bytes,
+            "held_bytes": sum(s.held_bytes for s in await trio.to_thread.run_sync(self._cache.held)),
+            "dry_run": dry_run,
+        }
+
+    async def pin(self, wanted: str, *, pinned: bool) -> dict[str, Any]:
+        """Keep the data of an image from eviction, or let them go again."""
+        found = await self._find(wanted)
+        for image in found:
+            await trio.to_thread.run_sync(lambda image=image: self._cache.set_pinned(image, pinned=pinned))  # type: ignore[misc]
+        return {"images": [str(image.digest) for image in found], "pinned": pinned}
 
     async def verify(self, progress: Progress) -> dict[str, Any]:
         """Hash every present chunk; what does not match is unmarked and will be fetched again."""
         checked = 0
         bad: list[dict[str, Any]] = []
         for summary in await trio.to_thread.run_sync(self._cache.spaces):
-            space = self._cache.opened_space(summary.space_id)
-            if space is None:
-                continue
-            present = [index for index in range(space.table.count) if space.is_present(index)]
-            for start in range(0, len(present), 16):
-                batch = present[start : start + 16]
-                good = await trio.to_thread.run_sync(_verify_chunks, space, batch)
-                bad += [
-                    {"space": space.space_id.hex(), "chunk": i} for i, ok in zip(batch, good, strict=True) if not ok
-                ]
-                checked += len(batch)
-                progress({"checked": checked})
+            self._cache.acquire([summary.space_id])
+            try:
+                space = self._cache.opened_space(summary.space_id)
+                if space is None:
+                    continue
+                present = [index for index in range(space.table.count) if space.is_present(index)]
+                for start in range(0, len(present), 16):
+                    batch = present[start : start + 16]
+                    good = await trio.to_thread.run_sync(_verify_chunks, space, batch)
+                    bad += [
+                        {"space": space.space_id.hex(), "chunk": i} for i, ok in zip(batch, good, strict=True) if not ok
+                    ]
+                    checked += len(batch)
+                    progress({"checked": checked})
+            finally:
+                self._cache.release([summary.space_id], is_use=False)
         return {"checked": checked, "bad": bad}
 
 

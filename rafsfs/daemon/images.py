@@ -1,10 +1,12 @@
 """The images a daemon has in use: metadata in the cache, chunks to be had from a store, counted by users.
 
 Decided here: that what is cached is mounted without asking a registry, that a tag is asked for each time while its registry answers,
-and that mounts of one image from one repository share one source and its connections.
+and that mounts of one image from one repository share one source and its connections. An image is *in use* while a mount, a pull or a
+filling has it; then its data spaces are held in the cache. A seed *keeps* images that nobody uses any more: they stay open, so that
+others get them from here, but their data may be evicted.
 
 Concurrency: trio tasks only. `_opening` keeps two openings from making two sources; counts change between checkpoints. A
-cancelled opening leaves at most complete metadata in the cache.
+cancelled opening leaves at most complete metadata in the cache. While any opening is under way, no metadata are dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 import trio
 
-from ..errors import UnavailableError
+from ..errors import CacheFullError, UnavailableError
 from ..fetch.fetcher import Fetcher
 from ..fetch.source import Source
 from ..format.chunk_map import ChunkMap
@@ -24,6 +26,7 @@ from ..registry.reference import Reference
 from ..registry.store import RegistryOptions, make_store
 from ..store.cache import Cache, CachedImage
 from ..types import Digest
+from .eviction import Evictor
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +40,16 @@ class OpenedImage:
     store: ImageStore
     data_bytes: int
     users: int = 0
+    is_kept: bool = False
+    """Whether it stays open without users."""
 
 
 class OpenImages:
     """The images in use."""
 
-    def __init__(self, cache: Cache, fetcher: Fetcher, nursery: trio.Nursery) -> None:
+    def __init__(self, cache: Cache, fetcher: Fetcher, nursery: trio.Nursery, evictor: Evictor) -> None:
+        self._evictor = evictor
+        self._arriving = 0
         self._cache = cache
         self._fetcher = fetcher
         self._nursery = nursery
@@ -51,29 +58,61 @@ class OpenImages:
 
     def digests(self) -> set[str]:
         """Return the digests of the images in use."""
-        return {str(opened.image.digest) for opened in self._opened.values()}
+        return {str(opened.image.digest) for opened in self._opened.values() if opened.users}
 
     async def open(self, reference: Reference, options: RegistryOptions) -> OpenedImage:
         """Return an image ready to be fetched from, one more user. What is cached already needs no registry."""
         store = make_store(reference, options)
+        self._arriving += 1
         try:
             image = await self._cached_image(reference, store)
-            key = (image.digest, store.name)
-            async with self._opening:
-                opened = self._opened.get(key)
-                if opened is None:
-                    chunk_map = await trio.to_thread.run_sync(_read_chunk_map, image)
-                    source = await trio.to_thread.run_sync(self._fetcher.add_source, chunk_map, store, store.name)
-                    opened = self._opened[key] = OpenedImage(image, source, store, chunk_map.data_bytes)
-                opened.users += 1  # in the lock: nobody's release may come between
+            opened = await self._open(image, store)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await store.aclose()
             raise
+        finally:
+            self._arriving -= 1
         if opened.store is not store:
             with trio.CancelScope(shield=True):
                 await store.aclose()
         return opened
+
+    async def _open(self, image: CachedImage, store: ImageStore) -> OpenedImage:
+        """Return an open image with one more user."""
+        async with self._opening:
+            opened = self._opened.get((image.digest, store.name))
+            chunk_map = opened.source.chunk_map if opened else await trio.to_thread.run_sync(_read_chunk_map, image)
+            space_ids = {chunk_map.table(space.index).space_id for space in chunk_map.all_spaces}
+            self._cache.acquire(space_ids)
+            try:
+                await self._open_spaces(chunk_map)
+                if opened is None:
+                    source = await trio.to_thread.run_sync(self._fetcher.add_source, chunk_map, store, store.name)
+                    opened = OpenedImage(image, source, store, chunk_map.data_bytes)
+                    self._opened[image.digest, store.name] = opened
+            except BaseException:
+                self._cache.release(space_ids)
+                raise
+            opened.users += 1  # in the lock: nobody's release may come between
+            return opened
+
+    async def _open_spaces(self, chunk_map: ChunkMap) -> None:
+        """Open the data spaces; if the disk is full, again when something could be evicted."""
+        try:
+            await trio.to_thread.run_sync(self._fetcher.open_spaces, chunk_map)
+        except CacheFullError:
+            over, outcome = trio.Event(), []
+
+            def done(has_space: bool) -> None:
+                outcome.append(has_space)
+                over.set()
+
+            self._evictor.relieve(done)
+            await over.wait()
+            if not outcome[0]:
+                raise
+            await trio.to_thread.run_sync(self._fetcher.open_spaces, chunk_map)
 
     async def _cached_image(self, reference: Reference, store: ImageStore) -> CachedImage:
         name = str(reference)
@@ -97,13 +136,34 @@ class OpenImages:
         self._cache.note_reference(image, name)
         return image
 
-    def release(self, opened: OpenedImage) -> None:
-        """Take one user off; the last one closes the store."""
+    def keep(self, opened: OpenedImage) -> None:
+        """Leave an image open when its last user goes, for others to fetch it from here. No checkpoint."""
+        opened.is_kept = True
+
+    def release(self, opened: OpenedImage, *, is_use: bool = True) -> None:
+        """Take one user off; the last one closes the store, unless the image is kept. `is_use` false: its data do not count as used
+        now. No checkpoint.
+        """
         opened.users -= 1
-        if not opened.users:
-            self._fetcher.remove_source(opened.source)
-            self._opened.pop((opened.image.digest, opened.store.name), None)
+        self._cache.release(opened.source.spaces, is_use=is_use)
+        self._evictor.poke()
+        if not opened.users and not opened.is_kept:
+            self._close(opened)
+
+    def _close(self, opened: OpenedImage) -> None:
+        self._fetcher.remove_source(opened.source)
+        if self._opened.pop((opened.image.digest, opened.store.name), None) is not None:
             self._nursery.start_soon(opened.store.aclose)
+
+    def forget(self, digest: Digest) -> bool:
+        """Drop the metadata of an image that nobody uses; False if somebody does, or may be about to. No checkpoint."""
+        opened = [one for one in self._opened.values() if one.image.digest == digest]
+        if self._arriving or any(one.users for one in opened):
+            return False
+        for one in opened:
+            self._close(one)
+        self._cache.remove_image(digest)
+        return True
 
     def release_source(self, source: Source) -> None:
         """Take one user off the image that `source` belongs to."""
@@ -118,10 +178,6 @@ class OpenImages:
             space = self._cache.opened_space(space_id)
             total += space.present_bytes if space else 0
         return total
-
-    def used_spaces(self) -> set[bytes]:
-        """Return the ids of the data spaces of all images in use."""
-        return {space_id for opened in self._opened.values() for space_id in opened.source.spaces}
 
 
 def _read_chunk_map(image: CachedImage) -> ChunkMap:

@@ -30,6 +30,7 @@ import trio
 from .. import __version__
 from ..errors import (
     CacheError,
+    CacheFullError,
     DaemonError,
     FormatError,
     MountError,
@@ -45,9 +46,12 @@ from ..interfaces import Swarm
 from ..registry.reference import Reference, parse_reference
 from ..registry.store import RegistryOptions
 from ..store.cache import Cache
+from ..store.eviction import Quota
 from ..types import Digest
+from ..units import format_size
 from .cache_calls import CacheCalls
 from .connection import socket_path
+from .eviction import Evictor
 from .images import OpenedImage, OpenImages
 from .launch import daemon_argv
 from .mounts import Mount, rss_bytes
@@ -72,6 +76,8 @@ class DaemonSettings:
     """How registries are reached for images that nobody here has named: those that a scheduler wants filled."""
     keeps_images: bool = False
     """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
+    quota: Quota | None = None
+    """How much data the cache may hold. None: as much as the disk takes."""
 
 
 class Daemon:
@@ -83,9 +89,11 @@ class Daemon:
         fetcher: Fetcher,
         nursery: trio.Nursery,
         settings: DaemonSettings,
+        evictor: Evictor,
         swarm: Swarm | None = None,
     ) -> None:
         self._cache = cache
+        self._evictor = evictor
         self._swarm = swarm
         if swarm is not None:
             swarm.fill_image = self._fill_image
@@ -94,8 +102,13 @@ class Daemon:
         self._nursery = nursery
         self._settings = settings
         self._mounts: dict[str, Mount] = {}
-        self._images = OpenImages(cache, fetcher, nursery)
-        self._cache_calls = CacheCalls(cache, self._images, self._mounted_digests)
+        self._images = OpenImages(cache, fetcher, nursery, evictor)
+        evictor.forget = self._images.forget
+        if swarm is not None:
+            evictor.leave = swarm.leave
+        self._recorded: dict[str, tuple[bytes, ...]] = {}
+        """Data spaces of mounts that were there when the daemon started and have not been taken over yet."""
+        self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests)
         self._mounting: set[str] = set()
         self._restored = trio.Event()
         self.stop_requested = trio.Event()
@@ -112,8 +125,12 @@ class Daemon:
             "mount": self._mount,
             "umount": self._umount,
             "status": self._status,
-            "cache_list": lambda params: self._cache_calls.list(),
+            "cache_list": lambda params: self._cache_calls.show(),
             "cache_remove": lambda params: self._cache_calls.remove(params.get("image")),
+            "cache_collect": lambda params: self._cache_calls.collect(
+                params.get("target_bytes"), dry_run=bool(params.get("dry_run", False))
+            ),
+            "cache_pin": lambda params: self._cache_calls.pin(params["image"], pinned=bool(params["pinned"])),
             "stop": self._stop,
         }
         if request.method not in {"ensure", "ready", "served"}:
@@ -265,6 +282,11 @@ class Daemon:
                 "cache_dir": self._cache.path,
                 "rss_bytes": rss_bytes(os.getpid()),
             },
+            "cache": {
+                "held_bytes": self._evictor.held_bytes,
+                "quota_bytes": self._evictor.quota.limit if self._evictor.quota else None,
+                "evicted_bytes": self._evictor.counters["evicted_bytes"],
+            },
             "mounts": [self._mount_status(mount) for mount in self._mounts.values()],
             "fetch": dict(self._fetcher.counters),
             "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
@@ -279,6 +301,7 @@ class Daemon:
         opened = await self._open(params["ref"], _options(params))
         counted: Counter[str] = Counter()
         try:
+            self._check_fits(opened)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._report, opened, progress)
                 await self._fetcher.prefetch_all(opened.source, on_behalf=counted)
@@ -297,6 +320,14 @@ class Daemon:
             "peer_bytes": counted["peer"],
             "seconds": round(time.monotonic() - started, 3),
         }
+
+    def _check_fits(self, opened: OpenedImage) -> None:
+        quota = self._evictor.quota
+        if quota is not None and opened.data_bytes > quota.limit:
+            raise CacheFullError(
+                f"image {opened.image.digest} holds {format_size(opened.data_bytes)}, the quota of cache {self._cache.path} is "
+                f"{format_size(quota.limit)}; raise --quota"
+            )
 
     async def _report(self, opened: OpenedImage, progress: Progress) -> None:
         while True:
@@ -337,8 +368,11 @@ class Daemon:
                 tell(min(self._images.present_bytes(opened.source), opened.data_bytes - 1), opened.data_bytes)
                 await trio.sleep(1)
 
+        opened: OpenedImage | None = None
         try:
             opened = await self._open(image, self._settings.registry)
+            self._images.keep(opened)  # others fetch it from here, when nobody here uses it any more
+            self._check_fits(opened)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(tell_now_and_then, opened)
                 await self._fetcher.prefetch_all(opened.source)
@@ -346,7 +380,6 @@ class Daemon:
             await trio.to_thread.run_sync(self._cache.sync)
             _log.info("image filled: ref=%s bytes=%d", image, opened.data_bytes)
             tell(opened.data_bytes, opened.data_bytes)
-            # The image stays open: others fetch it from here.
         except (RafsError, BaseExceptionGroup) as error:
             cause = first_error(error) if isinstance(error, BaseExceptionGroup) else error
             if not isinstance(cause, RafsError):
@@ -354,13 +387,17 @@ class Daemon:
             _log.warning("image could not be filled: ref=%s cause=%s", image, cause)
             tell(0, 0, str(cause))
         finally:
+            if opened is not None:
+                self._images.release(opened)
             del self._fillings[image]
 
     async def offer_cached_images(self) -> None:
-        """Open every image of the cache, so that others can have it from here."""
+        """Open every image of the cache, so that others can have it from here; its data may be evicted all the same."""
         for image, reference in await trio.to_thread.run_sync(self._cached_images):
             try:
-                await self._open(str(reference.with_digest(image)), self._settings.registry)
+                opened = await self._open(str(reference.with_digest(image)), self._settings.registry)
+                self._images.keep(opened)
+                self._images.release(opened, is_use=False)
             except RafsError as error:
                 _log.warning("cached image is not offered: ref=%s cause=%s", reference, error)
 
@@ -374,7 +411,7 @@ class Daemon:
         return found
 
     def _mounted_digests(self) -> set[str]:
-        return {mount.spec.digest for mount in self._mounts.values()}
+        return {mount.spec.digest for mount in self._mounts.values()} | set(self._recorded)
 
     async def _stop(self, params: dict[str, Any]) -> dict[str, Any]:
         self.unmount_at_end = bool(params.get("unmount", False))
@@ -383,21 +420,38 @@ class Daemon:
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
+    def hold_recorded(self) -> None:
+        """Keep the data of the mounts that should exist from eviction until they are taken over. Blocking, before anything runs."""
+        for spec in load_specs(self._cache.path):
+            with suppress(FormatError, OSError):
+                image = self._cache.image(Digest(spec.digest))
+                if image is not None and spec.digest not in self._recorded:
+                    self._recorded[spec.digest] = self._cache.spaces_of(image)
+                    self._cache.acquire(self._recorded[spec.digest])
+
+    def _let_go_recorded(self, digest: str) -> None:
+        self._cache.release(self._recorded.pop(digest, ()))
+
     async def restore_mounts(self) -> None:
         """Take over the mounts that should exist: adopt live workers, mount again what has lost its own."""
+        left_alone: set[str] = set()
         async with trio.open_nursery() as nursery:
             for spec in list(load_specs(self._cache.path)):
-                nursery.start_soon(self._restore, spec)
+                nursery.start_soon(self._restore, spec, left_alone)
+        for digest in self._recorded.keys() - left_alone:
+            self._let_go_recorded(digest)
         self._restored.set()
 
-    async def _restore(self, spec: MountSpec) -> None:
+    async def _restore(self, spec: MountSpec, left_alone: set[str]) -> None:
         try:
             reference = parse_reference(spec.ref).with_digest(Digest(spec.digest))
             await self._use_scheduler(spec.scheduler)
             opened = await self._open(str(reference), RegistryOptions(**spec.registry))
         except (RafsError, TypeError) as error:
             _log.error("mount cannot be restored: mountpoint=%s cause=%s", spec.mountpoint, error)
-            if not spec.worker_alive():
+            if spec.worker_alive():
+                left_alone.add(spec.digest)  # it serves on by itself: its data stay
+            else:
                 with suppress(MountError):
                     await trio.to_thread.run_sync(lambda: unmount(spec.mountpoint, lazy=True))
             return
@@ -469,9 +523,14 @@ async def _run(
 ) -> None:
     async with AsyncExitStack() as stack:
         swarm = await stack.enter_async_context(settings.swarm(cache)) if settings.swarm else None
-        fetcher = await stack.enter_async_context(open_fetcher(cache, settings.fetch, swarm))
+        evictor = Evictor(cache, settings.quota)
+        fetcher = await stack.enter_async_context(open_fetcher(cache, settings.fetch, swarm, evictor))
         nursery = await stack.enter_async_context(trio.open_nursery())
-        daemon = Daemon(cache, fetcher, nursery, settings, swarm)
+        daemon = Daemon(cache, fetcher, nursery, settings, evictor, swarm)
+        await trio.to_thread.run_sync(daemon.hold_recorded)
+        await evictor.start()
+        nursery.start_soon(evictor.run)
+        nursery.start_soon(evictor.note_use_for_ever)
         nursery.start_soon(daemon.sync_for_ever)
         nursery.start_soon(trio.serve_listeners, daemon.serve, [listener])
         nursery.start_soon(_stop_on_signal, daemon)

@@ -25,6 +25,7 @@ import trio
 
 from ..errors import (
     CacheError,
+    CacheFullError,
     DaemonError,
     DeadlineError,
     FormatError,
@@ -35,7 +36,7 @@ from ..errors import (
 )
 from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
-from ..interfaces import BlobStream, ImageStore, Swarm
+from ..interfaces import BlobStream, ImageStore, Room, Swarm
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
@@ -55,9 +56,12 @@ _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 class Fetcher:
     """The pipeline. Made by `open_fetcher`."""
 
-    def __init__(self, cache: Cache, settings: FetchSettings, swarm: Swarm | None = None) -> None:
+    def __init__(
+        self, cache: Cache, settings: FetchSettings, swarm: Swarm | None = None, room: Room | None = None
+    ) -> None:
         self._cache = cache
         self.settings = settings
+        self._room = room
         self._swarm = swarm
         if swarm is not None:
             swarm.requeue = self._requeue
@@ -73,16 +77,24 @@ class Fetcher:
 
     def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
         """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
+        self.open_spaces(chunk_map)
         spaces: dict[bytes, int] = {}
         for space in chunk_map.all_spaces:
-            table = chunk_map.table(space.index)
-            self._cache.open_space(table)
-            spaces.setdefault(table.space_id, space.index)
+            spaces.setdefault(chunk_map.table(space.index).space_id, space.index)
         source = Source(
             name, chunk_map, store, spaces, tuple(chunk_map.table(s.index).space_id for s in chunk_map.spaces)
         )
         self._sources.append(source)
         return source
+
+    def open_spaces(self, chunk_map: ChunkMap) -> None:
+        """Open the data spaces of `chunk_map` in the cache, made anew if they have been evicted. May block on the disk."""
+        for space in chunk_map.all_spaces:
+            self._cache.open_space(chunk_map.table(space.index))
+
+    def depths(self) -> dict[str, int]:
+        """Return how many chunks are queued, in flight, and parked."""
+        return self._queue.depths()
 
     def enter_swarm(self, source: Source, image: str) -> None:
         """Take part in the distribution of a source's data spaces, if there is a swarm. No checkpoint."""
@@ -137,7 +149,9 @@ class Fetcher:
                 raise flight.error
 
     async def prefetch_all(self, source: Source, *, on_behalf: Counter[str] | None = None) -> None:
-        """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises."""
+        """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises, CacheFullError when
+        the quota is full with what is in use.
+        """
         window = max(self.settings.readahead_bytes * 2, 1)
         for space_id in source.own:
             space = self._cache.opened_space(space_id)
@@ -149,6 +163,8 @@ class Fetcher:
             async with trio.open_nursery() as nursery:
                 limiter = trio.Semaphore(2 if batches and len(batches[0]) > 8 else 8)
                 for batch in batches:
+                    if self._room is not None:
+                        await self._room.make_room(sum(space.table.extent(index)[1] for index in batch))
                     await limiter.acquire()
                     nursery.start_soon(self._fill, space_id, batch, limiter, on_behalf)
 
@@ -277,7 +293,7 @@ class Fetcher:
         """Try every source for the flights that have not landed; return the last cause of failure."""
         cause: RafsError = UnavailableError("no source offers the data space")
         for source in list(self._sources):
-            left = [flight for flight in flights if not flight.done.is_set() and flight.base is None]
+            left = [f for f in flights if not f.done.is_set() and f.base is None and not f.is_aside]
             if not left:
                 break
             number = source.spaces.get(left[0].space.space_id)
@@ -450,14 +466,21 @@ class Fetcher:
         return False
 
     def _land(self, flight: Flight, error: RafsError | None) -> None:
-        """End a flight; no checkpoint."""
+        """End a flight; no checkpoint. One that found the disk full is put aside once, and tried again if something could be evicted."""
         if flight.done.is_set():
+            return
+        if isinstance(error, CacheFullError) and self._room is not None and not flight.is_relieved:
+            flight.is_relieved = True
+            self._queue.set_aside(flight)
+            self._room.relieve(lambda has_space: self._relieved(flight, error, has_space=has_space))
             return
         flight.error = error
         self._queue.remove(flight)
         self.counters["failed" if error else "landed"] += 1
         if error is None:
             size = flight.space.table.extent(flight.index)[1]
+            if self._room is not None:
+                self._room.stored(size)
             self.counters[f"{flight.origin or 'local'}_bytes"] += size
             if flight.sponsor is not None:
                 flight.sponsor[flight.origin] += size
@@ -471,6 +494,16 @@ class Fetcher:
                 self._land(waiting, error)
             else:
                 self._queue.unpark(waiting)
+
+    def _relieved(self, flight: Flight, error: CacheFullError, *, has_space: bool) -> None:
+        """Queue a flight again that had found the disk full, or end it. No checkpoint."""
+        if flight.done.is_set() or not flight.is_aside:
+            return
+        if has_space:
+            self._queue.unpark(flight)
+        else:
+            flight.is_aside = False
+            self._land(flight, error)
 
     def _late(self, flights: list[Flight], limit: float) -> DeadlineError:
         late = next((flight for flight in flights if not flight.done.is_set()), flights[0])
@@ -504,9 +537,11 @@ class Fetcher:
 
 
 @asynccontextmanager
-async def open_fetcher(cache: Cache, settings: FetchSettings, swarm: Swarm | None = None) -> AsyncIterator[Fetcher]:
+async def open_fetcher(
+    cache: Cache, settings: FetchSettings, swarm: Swarm | None = None, room: Room | None = None
+) -> AsyncIterator[Fetcher]:
     """Run a fetch pipeline over `cache` until the block ends; then all that waits fails with DaemonError."""
-    fetcher = Fetcher(cache, settings, swarm)
+    fetcher = Fetcher(cache, settings, swarm, room)
     async with trio.open_nursery() as nursery:
         for number in range(settings.connections):
             nursery.start_soon(_worker, fetcher, number < settings.demand_reserve)

@@ -48,6 +48,8 @@ class Flight:
     """What it is parked for."""
     is_aside: bool = False
     """Whether it waits for another node."""
+    is_relieved: bool = False
+    """Whether space has been made for it once already."""
     parked: list[Flight] = field(default_factory=list)
     """Those that need this one as their base."""
 
@@ -67,12 +69,13 @@ class FlightQueue:
         """Set, and replaced, whenever something is queued."""
 
     def find(self, space: DataSpace, index: int) -> Flight | None:
-        """Return the flight of a chunk, if there is one."""
-        return self._flights.get((space.space_id, index))
+        """Return the flight of a chunk, if there is one. One of a data space that has been evicted since ends by itself."""
+        flight = self._flights.get((space.space_id, index))
+        return flight if flight is not None and flight.space is space else None
 
     def join(self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None) -> Flight:
         """Return the flight of a chunk with one more waiter; no checkpoint."""
-        flight = self._flights.get((space.space_id, index))
+        flight = self.find(space, index)
         if flight is None:
             if self._closed:
                 raise DaemonError("the daemon is stopping")
@@ -115,7 +118,20 @@ class FlightQueue:
 
     def remove(self, flight: Flight) -> None:
         """Forget a flight that has ended."""
-        self._flights.pop(flight.key, None)
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
+
+    def depths(self) -> dict[str, int]:
+        """Return how many chunks are queued, by priority, in flight, and parked."""
+        found = {"demand": 0, "prefetch": 0, "in_flight": 0, "parked": 0}
+        for flight in self._flights.values():
+            if flight.base is not None or flight.is_aside:
+                found["parked"] += 1
+            elif flight.started:
+                found["in_flight"] += 1
+            else:
+                found[flight.priority.name.lower()] += 1
+        return found
 
     def close(self) -> list[Flight]:
         """Take no more; return all that are left."""
@@ -152,7 +168,7 @@ class FlightQueue:
                 if candidate.started or candidate.done.is_set():
                     continue
                 if not candidate.waiters:
-                    self._flights.pop(candidate.key, None)
+                    self.remove(candidate)
                     candidate.error = DaemonError("nobody waits for the chunk any more")
                     candidate.done.set()
                     continue
@@ -163,7 +179,7 @@ class FlightQueue:
         batch, size = [first], first.space.table.extent(first.index)[1]
         index = first.index + 1
         while size < merge_bytes:
-            following = self._flights.get((first.space.space_id, index))
+            following = self.find(first.space, index)
             if following is None or following.started or not following.waiters:
                 break
             if demand_only and following.priority is not Priority.DEMAND:

@@ -1,7 +1,13 @@
 """The cache directory of a node: images, data spaces, chunk index, one lock. Layout: docs/cache.md.
 
 Decided here: who may write (the holder of the lock), what is made of a directory found unsound (set aside, made anew), what may be
-removed (what no mount uses). Blocking calls, thread-safe; the daemon runs the long ones in threads.
+removed (what nobody uses). Blocking calls, thread-safe; the daemon runs the long ones in threads.
+
+Removing against opening. Users are counted (`acquire`, `release`). A data space without users is doomed in one step (`doom`), from
+then on nobody finds it; whoever holds `_mutex` next renames its directory, be it `remove_doomed` or an opener, who then makes it anew. A
+directory that has been renamed is deleted at leisure, or when the next daemon starts. So an opener never gets a half-removed one, and
+after a death at any point the directory is there whole or not at all. `acquire`, `release`, `doom` and `opened_space` of an open space
+wait for no disk.
 """
 
 from __future__ import annotations
@@ -15,7 +21,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -27,7 +34,8 @@ from ..format.manifest import ImageManifest, parse_manifest
 from ..format.space_table import SpaceTable
 from ..types import Digest
 from .chunk_index import ChunkIndex
-from .data_space import DataSpace, create, open_space_directory, replace_file, write_error
+from .data_space import DataSpace, create, open_space_directory, remove_tree, replace_file, write_error
+from .eviction import Held
 
 _log = logging.getLogger(__name__)
 _IMAGE_FILES: Final = ("manifest.json", "bootstrap.erofs", "chunkmap")
@@ -65,6 +73,11 @@ class CachedImage:
             return []
         return [str(name) for name in found] if isinstance(found, list) else []
 
+    @property
+    def pinned(self) -> bool:
+        """Whether its data are never evicted."""
+        return os.path.exists(os.path.join(self.directory, "pinned"))
+
 
 @dataclass(slots=True)
 class SpaceSummary:
@@ -89,6 +102,15 @@ class Cache:
         self._index = index
         self._spaces: dict[bytes, DataSpace] = {}
         self._mutex = threading.Lock()
+        self._uses: Counter[bytes] = Counter()
+        self._doomed: set[bytes] = set()
+        self._uses_lock = threading.Lock()
+        """Guards the two above; taken inside `_mutex`, never the other way round."""
+        self._leftovers: list[str] = []
+        """Directories that have been renamed away and wait to be deleted."""
+        self._resting: dict[bytes, Held] = {}
+        """What was found of data spaces that are not open: nobody changes them."""
+        self._spaces_of: dict[Digest, tuple[bytes, ...]] = {}
 
     @classmethod
     def open(cls, path: str, *, exclusive: bool = True) -> Cache:
@@ -200,34 +222,124 @@ class Cache:
     def open_space(self, table: SpaceTable) -> DataSpace:
         """Return the data space of this content table, created or reopened; one object per space."""
         with self._mutex:
+            self._detach_doomed(table.space_id)
             space = self._spaces.get(table.space_id)
             if space is None:
                 space = self._open_or_create(table)
                 self._spaces[space.space_id] = space
+                self._resting.pop(space.space_id, None)
             return space
 
     def opened_space(self, space_id: bytes) -> DataSpace | None:
-        """Return a data space if it is open, or can be opened as it is on disk; None otherwise. Blocking."""
+        """Return a data space if it is open, or can be opened as it is on disk; None otherwise. Blocking if it is not open."""
+        space = self._spaces.get(space_id)
+        if space_id in self._doomed:
+            return None
+        if space is not None:
+            return space
         with self._mutex:
+            if space_id in self._doomed:
+                return None
             space = self._spaces.get(space_id)
             if space is None and os.path.isdir(self.space_directory(space_id)):
                 with contextlib.suppress(FormatError):
                     space = self._reopen(self.space_directory(space_id))
                     self._spaces[space_id] = space
+                    self._resting.pop(space_id, None)
             return space
+
+    # ---- who uses what -------------------------------------------------------------------------------------------
+
+    def acquire(self, space_ids: Iterable[bytes]) -> None:
+        """Keep data spaces from being removed until `release`; they need not be there yet. Counted."""
+        with self._uses_lock:
+            self._uses.update(space_ids)
+
+    def release(self, space_ids: Iterable[bytes], *, is_use: bool = True) -> None:
+        """Take one use off each; it counts as used now, unless `is_use` is false: verifying, or opening to give to others, is no use."""
+        with self._uses_lock:
+            for space_id in space_ids:
+                self._uses[space_id] -= 1
+                if self._uses[space_id] <= 0:
+                    del self._uses[space_id]
+                space = self._spaces.get(space_id)
+                if space is not None and is_use:
+                    space.touch()
+
+    def used_spaces(self) -> set[bytes]:
+        """Return the ids of the data spaces in use."""
+        with self._uses_lock:
+            return set(self._uses)
+
+    def spaces_of(self, image: CachedImage) -> tuple[bytes, ...]:
+        """Return the ids of the data spaces of an image, those of bases included. Raises FormatError."""
+        found = self._spaces_of.get(image.digest)
+        if found is None:
+            chunk_map = image.chunk_map()
+            ids = (chunk_map.table(space.index).space_id for space in chunk_map.all_spaces)
+            found = self._spaces_of[image.digest] = tuple(dict.fromkeys(ids))
+        return found
+
+    def set_pinned(self, image: CachedImage, *, pinned: bool) -> None:
+        """Say whether the data of an image may be evicted. It lasts."""
+        path = os.path.join(image.directory, "pinned")
+        if pinned:
+            replace_file(path, b"")
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def held(self) -> list[Held]:
+        """Return what is held on this node, and what of it may go. Blocking; reads presence maps of what is not open, once each."""
+        pinned: set[bytes] = set()
+        for image in self.images():
+            if image.pinned:
+                with contextlib.suppress(FormatError, OSError):
+                    pinned.update(self.spaces_of(image))
+        used = self.used_spaces()
+        found = []
+        for name in os.listdir(os.path.join(self.path, "spaces")):
+            held = self._held(name)
+            if held is not None:
+                space_id = held.space_id
+                found.append(
+                    Held(space_id, held.held_bytes, held.last_used, in_use=space_id in used, pinned=space_id in pinned)
+                )
+        return found
+
+    def _held(self, name: str) -> Held | None:
+        try:
+            space_id = bytes.fromhex(name)
+        except ValueError:
+            return None
+        space = self._spaces.get(space_id)
+        if space_id in self._doomed:
+            return None
+        if space is not None:
+            return Held(space_id, space.present_bytes, space.last_used)
+        resting = self._resting.get(space_id)
+        if resting is None:
+            summary = _summarise(os.path.join(self.path, "spaces", name))
+            if summary is None:
+                return None
+            resting = self._resting[space_id] = Held(space_id, summary.present_bytes, summary.last_used)
+        return resting
 
     def spaces(self) -> list[SpaceSummary]:
         """Return a summary of every data space on disk. Reads presence maps only."""
         users: dict[bytes, list[str]] = {}
         for image in self.images():
             with contextlib.suppress(FormatError, OSError):
-                for slot in image.bootstrap().spaces:
-                    users.setdefault(bytes.fromhex(slot.tag.decode()), []).append(str(image.digest))
+                for space_id in self.spaces_of(image):
+                    users.setdefault(space_id, []).append(str(image.digest))
         found = []
         for name in sorted(os.listdir(os.path.join(self.path, "spaces"))):
             summary = _summarise(os.path.join(self.path, "spaces", name))
             if summary:
                 summary.images = users.get(summary.space_id, [])
+                space = self._spaces.get(summary.space_id)
+                if space is not None:
+                    summary.last_used = space.last_used
                 found.append(summary)
         return found
 
@@ -235,29 +347,110 @@ class Cache:
         """Sync every dirty data space and enter what became durable in the index. Blocking."""
         for space in list(self._spaces.values()):
             if space.dirty:
-                durable = space.sync()
+                try:
+                    durable = space.sync()
+                except CacheError:
+                    if self._spaces.get(space.space_id) is space:
+                        raise
+                    continue  # it has just been removed
                 self.index.put_many((space.table.digest(i), space.space_id, i) for i in durable)
 
+    def emptied_images(self, gone: set[bytes]) -> list[Digest]:
+        """Return the images that had data spaces among `gone` and have none any more, but for those pinned. Blocking."""
+        found = []
+        for image in self.images():
+            with contextlib.suppress(FormatError, OSError):
+                ids = self.spaces_of(image)
+                is_empty = not any(os.path.isdir(self.space_directory(space_id)) for space_id in ids)
+                if is_empty and not image.pinned and not gone.isdisjoint(ids):
+                    found.append(image.digest)
+        return found
+
+    def note_use(self) -> None:
+        """Write down when data spaces were last used, those in use being used now. Blocking."""
+        used = self.used_spaces()
+        for space in list(self._spaces.values()):
+            if space.space_id in used:
+                space.touch()
+            if space.has_news_of_use:
+                with contextlib.suppress(CacheError):
+                    space.write_record(clean=False)
+
     def remove_image(self, digest: Digest) -> None:
-        """Forget the metadata of an image. The caller has made sure that no mount uses it."""
-        shutil.rmtree(self._image_directory(digest), ignore_errors=True)
+        """Forget the metadata of an image. The caller has made sure that no mount uses it. Quick; deleted by `tidy`."""
+        self._spaces_of.pop(digest, None)
+        self._put_away(self._image_directory(digest))
+
+    def doom(self, space_id: bytes) -> bool:
+        """Take a data space out of reach if nobody uses it; False if somebody does. To be followed by `remove_doomed`."""
+        with self._uses_lock:
+            if self._uses[space_id] > 0:
+                return False
+            self._doomed.add(space_id)
+            return True
+
+    def remove_doomed(self, space_id: bytes) -> int:
+        """Delete a data space that has been doomed and return the bytes that were present. Blocking."""
+        with self._mutex:
+            freed = self._detach_doomed(space_id)
+        self.tidy()
+        return freed
 
     def remove_space(self, space_id: bytes) -> int:
-        """Delete a data space and return the bytes that were present. The caller has made sure that no mount uses it."""
-        space = self.opened_space(space_id)
-        freed = space.present_bytes if space else 0
-        with self._mutex:
-            self._spaces.pop(space_id, None)
-            if space is not None:
-                if self._index is not None:
-                    self._index.remove_space(space_id, (space.table.digest(i) for i in range(space.table.count)))
-                space.close(clean=False)
-            directory = self.space_directory(space_id)
-            doomed = f"{directory}.new-removed"
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(directory, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        """Delete a data space and return the bytes that were present, 0 if somebody uses it. Blocking."""
+        return self.remove_doomed(space_id) if self.doom(space_id) else 0
+
+    def _detach_doomed(self, space_id: bytes) -> int:
+        """Rename the directory of a doomed data space away and close it. `_mutex` is held."""
+        if space_id not in self._doomed:
+            return 0
+        space = self._spaces.pop(space_id, None)
+        held = self._resting.pop(space_id, None)
+        directory = self.space_directory(space_id)
+        freed = 0
+        if space is not None:
+            freed = space.present_bytes
+            space.close(clean=False)
+        elif held is not None:
+            freed = held.held_bytes
+        elif (summary := _summarise(directory)) is not None:
+            freed = summary.present_bytes
+        self._put_away(directory)
+        with self._uses_lock:
+            self._doomed.discard(space_id)
         return freed
+
+    def _put_away(self, directory: str) -> None:
+        aside = f"{directory}.new-removed-{os.urandom(6).hex()}"
+        try:
+            os.rename(directory, aside)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise write_error(error, directory) from error
+        self._leftovers.append(aside)
+
+    def tidy(self) -> None:
+        """Delete what has been renamed away, and its entries in the index. Blocking."""
+        while self._leftovers:
+            try:
+                aside = self._leftovers.pop()
+            except IndexError:  # another thread has taken it
+                return
+            self._forget_chunks(aside)
+            remove_tree(aside)
+
+    def _forget_chunks(self, aside: str) -> None:
+        """Take the chunks of a removed data space out of the index. They would be harmless, but cost a look each."""
+        name = os.path.basename(aside).partition(".")[0]
+        try:
+            size = int(json.loads(Path(aside, "record").read_bytes())["size"])
+            table = SpaceTable(Path(aside, "chunks").read_bytes(), size)
+            digests = [table.digest(index) for index in range(table.count)]
+        except (OSError, ValueError, KeyError, TypeError, FormatError):
+            return
+        if self._index is not None:
+            self._index.remove_space(bytes.fromhex(name), digests)
 
     def close(self, *, clean: bool = True) -> None:
         """Sync, close and give the lock back."""

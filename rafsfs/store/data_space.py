@@ -6,7 +6,9 @@ Directory: chunks (content table), data, present (one byte per chunk), record (J
 
 Concurrency: used from several threads of ONE process (the daemon). `store` of different chunks may run at once: they touch
 disjoint ranges, and a mark is one byte. `store` of the same chunk twice at once is harmless (equal bytes). `sync` holds a lock against
-itself. FUSE workers map `present` read-only and see a mark only after its bytes: both are in the page cache of one kernel.
+itself. `close` may come from another thread at any time, since a data space may be evicted: the file stays open until the last read or
+write of it has ended, and what comes later is refused, so the number of a closed descriptor is never used. FUSE workers map `present`
+read-only and see a mark only after its bytes: both are in the page cache of one kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -44,13 +46,20 @@ def boot_id() -> str:
 class DataSpace:
     """An open data space. Made by `create` or `open_space_directory`; closed by its cache."""
 
-    def __init__(self, directory: str, table: SpaceTable, data_fd: int, present: mmap.mmap | None) -> None:
+    def __init__(
+        self, directory: str, table: SpaceTable, data_fd: int, present: mmap.mmap | None, last_used: float = 0.0
+    ) -> None:
         self.path = directory
         self.table = table
         self.space_id = table.space_id
         self.size = table.size
         self._data_fd = data_fd
         self._present = present
+        self.last_used = last_used
+        """Seconds since 1970; written down now and then."""
+        self._noted_use = int(last_used)
+        self._users = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()
         self._dirty: set[int] = set()
@@ -81,7 +90,42 @@ class DataSpace:
 
     def is_present(self, index: int) -> bool:
         """Tell whether chunk `index` can be read."""
-        return self._present is not None and self._present[index] != MISSING
+        present = self._present
+        return present is not None and present[index] != MISSING
+
+    def touch(self) -> None:
+        """Note that it is used now."""
+        self.last_used = time.time()
+
+    @property
+    def has_news_of_use(self) -> bool:
+        """Whether it was used since that was last written down."""
+        return int(self.last_used) > self._noted_use
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[int]:
+        """Hold the data file open. Raises CacheError if the data space has been closed."""
+        with self._lock:
+            if self._closed:
+                raise CacheError(f"data space {self.space_id.hex()[:16]} has been removed from the cache")
+            self._users += 1
+        try:
+            yield self._data_fd
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._close_file()
+
+    def _close_file(self) -> None:
+        """Close the file if nobody uses it any more. The lock is held."""
+        if self._closed and not self._users and self._data_fd >= 0:
+            os.close(self._data_fd)
+            self._data_fd = -1
+
+    def duplicate(self) -> int:
+        """Return a descriptor of the data file, the caller's own: it outlives the data space. Raises CacheError."""
+        with self._file() as data_fd:
+            return os.dup(data_fd)
 
     def missing(self, indexes: Iterable[int]) -> list[int]:
         """Return those of `indexes` that are not present, in their order."""
@@ -100,20 +144,22 @@ class DataSpace:
             raise IntegrityError(f"chunk {index} of data space {self.space_id.hex()[:16]} does not match its digest")
         view = memoryview(data)
         done = 0
-        try:
-            while done < length:
-                done += os.pwrite(self._data_fd, view[done:], offset + done)
-        except OSError as error:
-            raise write_error(error, self.path) from error
-        self._mark(index, length)
+        with self._file() as data_fd:
+            try:
+                while done < length:
+                    done += os.pwrite(data_fd, view[done:], offset + done)
+            except OSError as error:
+                raise write_error(error, self.path) from error
+            self._mark(index, length)
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a chunk as they are on disk, not verified. Raises CacheError."""
         offset, length = self.table.extent(index)
-        try:
-            data = os.pread(self._data_fd, length, offset)
-        except OSError as error:
-            raise CacheError(f"{self.path}/data: {error.strerror}") from error
+        with self._file() as data_fd:
+            try:
+                data = os.pread(data_fd, length, offset)
+            except OSError as error:
+                raise CacheError(f"{self.path}/data: {error.strerror}") from error
         if len(data) != length:
             raise CacheError(f"{self.path}/data is {offset + len(data)} bytes, expected {self.size}")
         return data
@@ -141,14 +187,16 @@ class DataSpace:
         with self._sync_lock:
             with self._lock:
                 batch = sorted(self._dirty)
-            if not batch or self._present is None:
+            present = self._present
+            if not batch or present is None:
                 return []
             try:
-                os.fdatasync(self._data_fd)
+                with self._file() as data_fd:
+                    os.fdatasync(data_fd)
                 for index in batch:
-                    if self._present[index] == PRESENT:
-                        self._present[index] = DURABLE
-                self._present.flush()
+                    if present[index] == PRESENT:
+                        present[index] = DURABLE
+                present.flush()
             except OSError as error:
                 raise write_error(error, self.path) from error
             with self._lock:
@@ -157,28 +205,29 @@ class DataSpace:
 
     def write_record(self, *, clean: bool) -> None:
         """Write the record file: whether the next opener may trust every mark."""
+        noted = int(self.last_used)
         record = {
             "version": RECORD_VERSION,
             "size": self.size,
             "boot_id": boot_id(),
             "clean": clean,
-            "last_used": int(time.time()),
+            "last_used": noted,
         }
         replace_file(os.path.join(self.path, "record"), json.dumps(record, sort_keys=True).encode())
+        self._noted_use = noted
 
     def close(self, *, clean: bool = True) -> None:
         """Sync and close. With `clean` false, nothing is synced: for tests of unclean stops."""
-        if self._data_fd < 0:
+        if self._closed:
             return
         if clean:
             with contextlib.suppress(CacheError):
                 self.sync()
                 self.write_record(clean=True)
-        if self._present is not None:
-            self._present.close()
-            self._present = None
-        os.close(self._data_fd)
-        self._data_fd = -1
+        with self._lock:
+            self._closed = True
+            self._present = None  # unmapped when the last thread that looks at it lets go
+            self._close_file()
 
     def _mark(self, index: int, length: int) -> None:
         with self._lock:
@@ -210,6 +259,7 @@ def create(directory: str, table: SpaceTable) -> None:
             finally:
                 os.close(descriptor)
         record = {"version": RECORD_VERSION, "size": table.size, "boot_id": boot_id(), "clean": True}
+        record["last_used"] = int(time.time())
         _write_new(os.path.join(temporary, "record"), json.dumps(record).encode())
         try:
             os.rename(temporary, directory)
@@ -230,6 +280,7 @@ def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
     try:
         record = json.loads(Path(directory, "record").read_bytes())
         size, clean, boot = int(record["size"]), bool(record["clean"]), str(record["boot_id"])
+        last_used = float(record.get("last_used", 0))
         if record["version"] != RECORD_VERSION:
             raise FormatError(f"{directory}/record has version {record['version']}, expected {RECORD_VERSION}")
         chunks = Path(directory, "chunks").read_bytes()
@@ -252,7 +303,7 @@ def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
     except BaseException:
         os.close(data_fd)
         raise
-    return DataSpace(directory, table, data_fd, present), clean and boot == boot_id()
+    return DataSpace(directory, table, data_fd, present, last_used), clean and boot == boot_id()
 
 
 def _map_present(directory: str, count: int) -> mmap.mmap | None:
