@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import trio
@@ -50,6 +50,8 @@ class Neighbour:
     view: NeighbourView
     origin: Origin
     space: DataSpace
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    """Of the task that listens: cancelled when this peer leaves the task."""
 
     @property
     def id(self) -> str:
@@ -63,9 +65,13 @@ class Neighbour:
         came: Callable[[Neighbour, list[int]], None],
         when_up: Callable[[], None],
     ) -> None:
-        """Keep the have-map until the connection ends. Raises UnavailableError, RemoteError, FormatError."""
+        """Keep the have-map until the connection ends. Raises AbsentError if the neighbour does not take part, UnavailableError,
+        RemoteError, FormatError.
+        """
         target = Target(self.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
         async with pool.get(target, headers) as response:
+            if response.status == 404:
+                raise AbsentError(f"{self.origin} does not take part")
             if response.status != 200:
                 raise RemoteError(f"{self.origin} answered {response.status} when asked for its have-map")
             reader = HaveReader(self.view.have)
@@ -136,7 +142,7 @@ class Neighbour:
         try:
             if response.status == 503:
                 raise BusyError(f"{self.origin} is busy")
-            if response.status == 409:
+            if response.status in {404, 409}:  # evicted, or never here
                 raise AbsentError(f"{self.origin} does not have chunk {run.first}")
             if response.status != 200:
                 raise RemoteError(f"{self.origin} answered {response.status}")

@@ -156,8 +156,12 @@ class SwarmPeer:
             self._perform(self.core.join(task, home))
 
     def leave(self, space_id: bytes) -> None:
-        """Take part no longer. No checkpoint."""
+        """Take part no longer: neighbours see their have-maps end, and find nothing here. No checkpoint."""
         self._perform(self.core.leave(space_id))
+        self._uploads.drop(space_id)
+        for (task_id, _), neighbour in list(self._neighbours.items()):
+            if task_id == space_id:
+                neighbour.scope.cancel()
 
     async def obtain(
         self, space: DataSpace, chunks: list[int], *, urgent: bool, landed: Callable[[int, str], None]
@@ -261,7 +265,7 @@ class SwarmPeer:
                 self._headers,
                 self._buffers,
                 neighbour.space.store,
-                lambda chunk: landed(chunk, "peer"),
+                lambda chunk: landed(chunk, neighbour.origin.netloc),
             )
         except* IntegrityError as group:
             _log.warning(
@@ -283,6 +287,10 @@ class SwarmPeer:
 
     # ---- neighbours ----------------------------------------------------------------------------------------------
 
+    async def _listen_until_left(self, task: PeerTask, neighbour: Neighbour) -> None:
+        with neighbour.scope:
+            await self._listen(task, neighbour)
+
     async def _listen(self, task: PeerTask, neighbour: Neighbour) -> None:
         """Listen to a neighbour until it is gone for good, or nothing is wanted of it."""
         view, content = neighbour.view, task.content
@@ -300,6 +308,10 @@ class SwarmPeer:
             while attempt < len(_RETRY_S) and not content.complete and not view.standing.banned:
                 try:
                     await neighbour.listen(self._pool, self._headers, came, up)
+                except AbsentError:  # it has left the task: no fault, and nothing to come back for
+                    _log.debug("neighbour has left: peer=%s space=%s", neighbour.id, task.task.hex()[:16])
+                    self.core.silent(task)
+                    return
                 except (UnavailableError, RemoteError, FormatError) as error:
                     _log.debug("neighbour is silent: peer=%s cause=%s", neighbour.id, error)
                     self.core.silent(task)
@@ -362,7 +374,7 @@ class SwarmPeer:
         origin = Origin("http", contact.host.lower(), contact.port)
         neighbour = Neighbour(effect.neighbour, origin, task.content.space)
         self._neighbours[effect.task, contact.id] = neighbour
-        nursery.start_soon(self._listen, task, neighbour)
+        nursery.start_soon(self._listen_until_left, task, neighbour)
 
     async def _tick(self) -> None:
         while True:

@@ -159,7 +159,7 @@ class Swarm(Protocol):
     async def obtain(
         self, space: DataSpace, chunks: list[int], *, urgent: bool, landed: Callable[[int, str], None]
     ) -> Obtained:
-        """Get chunks from other nodes, verified and stored, and call landed(chunk, "peer") for each. Raises CacheError."""
+        """Get chunks from other nodes, verified and stored, and call landed(chunk, address) for each. Raises CacheError."""
 
     def landed(self, space_id: bytes, chunk: int) -> None:
         """Say that a chunk is present now, from wherever it came."""

@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 RELIEF_BYTES: Final = 256 << 20
 """Freed at least when the disk is full: less would be gone again within the second, more may be missed."""
 _STEP_BYTES: Final = 64 << 20
-"""Stored after a pass that could not reach its target before the next one: looking again for each chunk would find the same."""
+"""Stored after a pass that could not reach its target before the next one, or a hundredth of the quota if that is less: looking again for
+each chunk would find the same."""
 _RELIEF_LASTS_S: Final = 2.0
 """Who met a full disk just before something went is told to try again, too."""
 NOTE_USE_S: Final = 60.0
@@ -143,7 +144,7 @@ class Evictor:
                 self._is_over = False
                 continue
             await self.evict(quota.low)
-            self._look_at = self._held + _STEP_BYTES
+            self._look_at = self._held + min(_STEP_BYTES, quota.limit // 100)
             if self._held > quota.limit and not self._is_over:
                 self._is_over = True
                 _log.warning(

@@ -137,6 +137,9 @@ class Mount:
                 "peer": self.sources["peer"],
                 "origin": self.sources["origin"],
             },
+            "peers": {
+                name.removeprefix("peer "): count for name, count in self.sources.items() if name.startswith("peer ")
+            },
             "worker": {
                 "pid": self.spec.worker_pid if self.spec.worker_alive() else 0,
                 "rss_bytes": rss_bytes(self.spec.worker_pid) if self.spec.worker_alive() else 0,

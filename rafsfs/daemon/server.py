@@ -104,8 +104,7 @@ class Daemon:
         self._mounts: dict[str, Mount] = {}
         self._images = OpenImages(cache, fetcher, nursery, evictor)
         evictor.forget = self._images.forget
-        if swarm is not None:
-            evictor.leave = swarm.leave
+        evictor.leave = fetcher.drop_space
         self._recorded: dict[str, tuple[bytes, ...]] = {}
         """Data spaces of mounts that were there when the daemon started and have not been taken over yet."""
         self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests)

@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 
 SWARM_BATCH = 4 << 20
 """Bytes of a batch of prefetch with a swarm: the order of rarity is decided per batch."""
+PEERS_COUNTED = 128
+"""Peers that a mount names in its figures; a node that restarts has a new address, and a swarm may have thousands."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
@@ -91,6 +93,13 @@ class Fetcher:
         """Open the data spaces of `chunk_map` in the cache, made anew if they have been evicted. May block on the disk."""
         for space in chunk_map.all_spaces:
             self._cache.open_space(chunk_map.table(space.index))
+
+    def drop_space(self, space_id: bytes) -> None:
+        """Take part in nothing more of a data space that is being evicted. No checkpoint."""
+        self._queue.drop_space(space_id)
+        self._readahead.pop(space_id, None)
+        if self._swarm is not None:
+            self._swarm.leave(space_id)
 
     def depths(self) -> dict[str, int]:
         """Return how many chunks are queued, in flight, and parked."""
@@ -254,9 +263,10 @@ class Fetcher:
         """Get what other nodes have; park what they are fetching; return what is ours to fetch."""
         by_index = {flight.index: flight for flight in flights}
 
-        def landed(chunk: int, origin: str) -> None:
+        def landed(chunk: int, address: str) -> None:
             flight = by_index[chunk]
-            flight.origin = origin
+            flight.origin = "peer"
+            flight.giver = address
             self._land(flight, None)
 
         urgent = any(flight.priority is Priority.DEMAND for flight in flights)
@@ -484,6 +494,8 @@ class Fetcher:
             self.counters[f"{flight.origin or 'local'}_bytes"] += size
             if flight.sponsor is not None:
                 flight.sponsor[flight.origin] += size
+                if flight.giver:
+                    flight.sponsor[f"peer {_known(flight.sponsor, flight.giver)}"] += size
             if self._swarm is not None:
                 self._swarm.landed(flight.space.space_id, flight.index)
         flight.done.set()
@@ -575,6 +587,11 @@ def _batches(space: DataSpace, size: int) -> Iterable[list[int]]:
             batch, held = [], 0
     if batch:
         yield batch
+
+
+def _known(sponsor: Counter[str], giver: str) -> str:
+    """Return the address under which bytes of a peer are counted: `others` when too many have been counted already."""
+    return giver if f"peer {giver}" in sponsor or len(sponsor) < PEERS_COUNTED else "others"
 
 
 def _numbers(read: RangeRead) -> str:

@@ -35,7 +35,9 @@ class Flight:
     started: bool = False
     error: RafsError | None = None
     origin: str = ""
-    """Where the bytes came from, once they have: "origin" or "local"."""
+    """Where the bytes came from, once they have: "origin", "local" or "peer"."""
+    giver: str = ""
+    """Address of the peer that they came from."""
     cause: RafsError | None = None
     """Why the last attempt failed, for whoever gives up first."""
     sponsor: Counter[str] | None = None
@@ -120,6 +122,14 @@ class FlightQueue:
         """Forget a flight that has ended."""
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
+
+    def drop_space(self, space_id: bytes) -> None:
+        """End what waits for chunks of a data space that has been evicted: nobody reads there. What is flown ends by itself."""
+        for flight in [flight for flight in self._flights.values() if flight.key[0] == space_id]:
+            if flight.is_aside or flight.base is not None or not flight.started:
+                self.remove(flight)
+                flight.error = DaemonError("the data space has been evicted")
+                flight.done.set()
 
     def depths(self) -> dict[str, int]:
         """Return how many chunks are queued, by priority, in flight, and parked."""
