@@ -4,8 +4,8 @@ Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mb
 Image: 256 MiB of noise in one file, so that what crosses a link is what is read. Each node has a daemon and a FUSE mount of its own,
 starts with
 nothing, and reads the file from its first byte to its last; clock from the first open to the last byte of the last node. Floor: one node
-alone, without a scheduler, in the same round. Traffic of the registry is counted at its link, headers, protocol overhead and metadata
-included.
+alone, without a scheduler, in the same round. Bytes from the registry are counted twice: as chunks, by all daemons together (what is
+judged), and at the registry's link, with headers of packets and of HTTP, the image's metadata, and what was sent again.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.namespaces import Rig, running_rig
 from tests.support.processes import Node, output_within, running_node, wait_for
 from tests.support.registry import running_registry
 
 from .measure import Row, commit, machine, median, spread, table
-from .namespaces import Rig, running_rig
 
 _SIZE = 256 << 20
 _ORIGIN_MBIT = 200
@@ -44,6 +45,20 @@ def _read(path: Path) -> int:
         while data := file.read(1 << 20):
             done += len(data)
     return done
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run."""
+
+    last_s: float
+    """From the first open to the last byte of the last node."""
+    origin: float
+    """Bytes of chunks that all nodes together took from the registry, in sizes of the image."""
+    link: float
+    """Bytes that the registry's link carried, in sizes of the image."""
+    cpu_s: float
+    """Of the whole machine."""
 
 
 class Field:
@@ -117,12 +132,11 @@ class Field:
                 process.wait()
                 log.close()
 
-    def run(self, peers: int, seeds: int, *, swarm: bool) -> tuple[float, float, float]:
-        """Return (seconds until the last node has read all, registry traffic / size, CPU seconds of the machine)."""
+    def run(self, peers: int, seeds: int, *, swarm: bool) -> Result:
+        """Start everything anew, read the image on all nodes at once."""
         with contextlib.ExitStack() as stack:
             scheduler = self.scheduler(stack) if swarm else ""
-            for number in range(seeds):
-                stack.enter_context(self.node(f"seed{number}", scheduler))
+            seeders = [stack.enter_context(self.node(f"seed{number}", scheduler)) for number in range(seeds)]
             nodes = [stack.enter_context(self.node(f"peer{number}", scheduler)) for number in range(peers)]
             before = self.rig.sent_bytes("origin")
             mounts = [node.mount(self.ref, "mnt", "--plain-http") for node in nodes]
@@ -144,7 +158,14 @@ class Field:
                 thread.join(600)
             if errors or len(ended) != peers:
                 raise RuntimeError(f"{len(ended)} of {peers} nodes have read: {errors[:1]}")
-            return max(ended) - started, (self.rig.sent_bytes("origin") - before) / _SIZE, _busy() - cpu
+            last, cpu = max(ended) - started, _busy() - cpu
+            link = self.rig.sent_bytes("origin") - before
+            origin = sum(node.status()["fetch"].get("origin_bytes", 0) for node in [*seeders, *nodes])
+            return Result(last, origin / _SIZE, link / _SIZE, cpu)
+
+
+def _say(text: str) -> None:
+    print(f"... {text}", file=sys.stderr, flush=True)
 
 
 def _busy() -> float:
@@ -169,27 +190,27 @@ def main() -> int:
         rig = stack.enter_context(running_rig())
         field = Field(Path(directory), rig, stack, max([*arguments.peers, *direct, 1]), max(arguments.seeds))
         floors: list[float] = []
-        results: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
+        results: dict[tuple[int, int], list[Result]] = {}
         for number in range(arguments.rounds):
-            floors.append(field.run(1, 0, swarm=False)[0])
+            floors.append(field.run(1, 0, swarm=False).last_s)
             for peers in arguments.peers:
                 for seeds in arguments.seeds:
-                    results.setdefault((peers, seeds), []).append(field.run(peers, seeds, swarm=True))
-                    print(
-                        f"... round {number + 1}: {peers} peers, {seeds} seeds: {results[peers, seeds][-1]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    result = field.run(peers, seeds, swarm=True)
+                    results.setdefault((peers, seeds), []).append(result)
+                    _say(f"round {number + 1}: one alone {floors[-1]:.2f} s; {peers} peers, {seeds} seeds: {result}")
         floor = median(floors)
         alone = {peers: field.run(peers, 0, swarm=False) for peers in direct if peers > 1}
         for (peers, seeds), runs in results.items():
-            last, traffic, cpu = (median([run[index] for run in runs]) for index in range(3))
-            without = f"; without: {alone[peers][0]:.1f} s, {alone[peers][1]:.2f} x" if peers in alone else ""
-            rows.append(Row(f"{peers} peers, {seeds} seeds: last node", f"{last:.2f} s", f"one alone {floor:.2f} s{without}",
+            last, origin, link, cpu = (
+                median([getattr(run, name) for run in runs]) for name in ("last_s", "origin", "link", "cpu_s")
+            )
+            without = f"; without: {alone[peers].last_s:.1f} s, {alone[peers].origin:.2f} x" if peers in alone else ""
+            what = f"{peers} peers, {seeds} seeds"
+            rows.append(Row(f"{what}: last node", f"{last:.2f} s", f"one alone {floor:.2f} s{without}",
                             last / floor, "<= 1.10", last / floor <= 1.10,
-                            f"{spread([run[0] for run in runs])}, {cpu / last / (os.cpu_count() or 1):.0%} of the CPU"))  # fmt: skip
-            rows.append(Row(f"{peers} peers, {seeds} seeds: bytes from the registry", f"{traffic:.3f} x", "size of the image",
-                            traffic, "<= 1.02 + overhead of the link", None))  # fmt: skip
+                            f"{spread([run.last_s for run in runs])}, {cpu / last / (os.cpu_count() or 1):.0%} of the CPU"))  # fmt: skip
+            rows.append(Row(f"{what}: bytes from the registry", f"{origin:.3f} x", "size of the image",
+                            origin, "<= 1.02", origin <= 1.02, f"{link:.3f} x at its link"))  # fmt: skip
     print(table(rows))
     return 0
 

@@ -7,6 +7,7 @@ the registry. docs/protocol/swarm.md.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import msgspec
@@ -17,6 +18,9 @@ from rafsfs.errors import FormatError
 from .protocol.groups import unpack_bits
 
 MAX_FRAME: Final = 4 << 20
+PROMPT_S: Final = 0.01
+LAZY_S: Final = 0.2
+"""Longest delay of news that matter less: a chunk that came from a peer, which others can have there, too."""
 _ALL: Final = 0
 _MORE: Final = 1
 _PENDING: Final = 2
@@ -95,35 +99,46 @@ class HaveReader:
 
 
 class Subscriber:
-    """What one neighbour has not been told yet."""
+    """What one neighbour has not been told yet.
+
+    News are gathered: a frame for each chunk and neighbour would be most of a node's work in a swarm. What no other peer has is told
+    within PROMPT_S, since everybody waits for it; the rest within LAZY_S. Concurrency: one task calls `next`.
+    """
 
     def __init__(self) -> None:
         self._chunks: list[int] = []
         self._pending: list[int] | None = None
-        self._event = trio.Event()
+        self._due = math.inf
+        self._rest: trio.CancelScope | None = None
         self.ended = False
         """Whether there is nothing more to come."""
 
     def end(self) -> None:
         """Tell the neighbour that this was all. No checkpoint."""
         self.ended = True
-        self._event.set()
+        self._tell_within(0)
 
-    def add(self, chunk: int) -> None:
+    def add(self, chunk: int, *, prompt: bool) -> None:
         """A chunk has come. No checkpoint."""
         self._chunks.append(chunk)
-        self._event.set()
+        self._tell_within(PROMPT_S if prompt else LAZY_S)
 
     def set_pending(self, groups: list[int]) -> None:
         """These groups are being fetched. No checkpoint."""
         self._pending = groups
-        self._event.set()
+        self._tell_within(LAZY_S)
+
+    def _tell_within(self, seconds: float) -> None:
+        self._due = min(self._due, trio.current_time() + seconds)
+        if self._rest is not None:
+            self._rest.deadline = min(self._rest.deadline, self._due)
 
     async def next(self, keep_alive_s: float) -> bytes:
-        """Return the next frames, after something has changed or the time is up."""
-        with trio.move_on_after(keep_alive_s):
-            await self._event.wait()
-        self._event = trio.Event()
+        """Return the next frames, when news are due or the time is up."""
+        with trio.CancelScope(deadline=min(self._due, trio.current_time() + keep_alive_s)) as self._rest:
+            await trio.sleep_forever()
+        self._rest = None
+        self._due = math.inf
         chunks, self._chunks = self._chunks, []
         pending, self._pending = self._pending, None
         frames = more_frame(chunks) if chunks or pending is None else b""

@@ -188,8 +188,9 @@ class SwarmPeer:
 
     def landed(self, space_id: bytes, chunk: int) -> None:
         """A chunk has come, from wherever: tell neighbours, and the scheduler when a group is complete. No checkpoint."""
-        if space_id in self.core.tasks:
-            self._uploads.landed(space_id, chunk)
+        task = self.core.tasks.get(space_id)
+        if task is not None:
+            self._uploads.landed(space_id, chunk, prompt=task.content.group(chunk) in task.leases)
             self._perform(self.core.landed(space_id, chunk, trio.current_time()))
 
     def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:

@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import contextmanager
 from typing import Final
 
-import trio
-
 from rafsfs.errors import CacheError
 from rafsfs.net.http_server import Answer, FileRange, Request
 from rafsfs.store.data_space import DataSpace
@@ -30,8 +28,6 @@ SMALL_SLOTS: Final = 4
 """Of these, kept for requests of up to SMALL chunks: readers that wait."""
 SMALL: Final = 2
 KEEP_ALIVE_S: Final = 2.0
-_GATHER_S: Final = 0.01
-"""How long news are gathered before they are sent: a frame per chunk and neighbour would be most of the work."""
 _CHUNKS: Final = re.compile(r"\A/v1/([0-9a-f]{64})/([0-9]{1,9})-([0-9]{1,9})/([0-9a-f]{32})\Z")
 _HAVE: Final = re.compile(r"\A/v1/([0-9a-f]{64})/have/([0-9a-f]{32})\Z")
 
@@ -66,10 +62,10 @@ class Uploads:
             return self._have(bytes.fromhex(match[1]), match[2])
         return Answer(404, b"no such thing here\n")
 
-    def landed(self, space_id: bytes, chunk: int) -> None:
-        """Tell all who listen that a chunk has come. No checkpoint."""
+    def landed(self, space_id: bytes, chunk: int, *, prompt: bool) -> None:
+        """Tell all who listen that a chunk has come, `prompt` if they cannot have it elsewhere. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):
-            subscriber.add(chunk)
+            subscriber.add(chunk, prompt=prompt)
 
     def drop(self, space_id: bytes) -> None:
         """End the have-maps of a data space that is no longer offered. No checkpoint."""
@@ -123,7 +119,6 @@ class Uploads:
             yield all_frame(pack_bits(present, space.table.count)) + pending_frame(self._pending(space.space_id))
             while not subscriber.ended:
                 yield await subscriber.next(KEEP_ALIVE_S)
-                await trio.sleep(_GATHER_S)
 
     @contextmanager
     def _subscribed(self, space_id: bytes):  # type: ignore[no-untyped-def]

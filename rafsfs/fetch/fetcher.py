@@ -196,7 +196,8 @@ class Fetcher:
             mean = max(1, space.size // max(1, space.table.count))
             window = max(1, self.settings.readahead_bytes // mean)
             quiet = min(window // 2, QUIET_BYTES // mean)
-            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet)
+            step = max(1, SWARM_BATCH // mean) if self._swarm is not None and self._swarm.is_active else None
+            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet, step)
         whole = own if own is not None else range(space.table.count)
         for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1, whole)):
             self._queue.start(space, index, on_behalf)

@@ -29,14 +29,16 @@ class _Stream:
 class Readahead:
     """The streams of one data space of `count` chunks.
 
-    `limit` is the largest window, `quiet` how far a stream that began inside a file goes before anything is fetched ahead of it;
-    both in chunks.
+    `limit` is the largest window, `quiet` how far a stream that began inside a file goes before anything is fetched ahead of it,
+    `step` how many chunks are asked for at once; all in chunks. A step of None is half a window, so that chunks are fetched in few large
+    requests. A smaller one keeps more of the window asked for, where many work on it at once.
     """
 
-    def __init__(self, count: int, limit: int, quiet: int) -> None:
+    def __init__(self, count: int, limit: int, quiet: int, step: int | None = None) -> None:
         self._count = count
         self._limit = limit
         self._quiet = quiet
+        self._step = step if step is not None else limit
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
 
     def advance(self, first: int, stop: int, own: range) -> range:
@@ -57,8 +59,8 @@ class Readahead:
             window = min(self._limit, 2 * stream.length) if stream.length > stream.quiet else 0
             target = min(self._count, own.stop, stop + window)
             ahead = range(max(stop, stream.ahead_to), target)
-            if len(ahead) < window // 2 and target < own.stop:
-                ahead = range(0)  # half a window at a time: chunks asked for together are fetched in one request
+            if len(ahead) < min(window // 2, self._step) and target < own.stop:
+                ahead = range(0)
             stream.ahead_to = max(stream.ahead_to, ahead.stop)
         self._streams[stop] = stream
         if len(self._streams) > _STREAMS:

@@ -19,7 +19,7 @@ from .origin import Origin
 from .proxy import Proxy
 from .tls import explain_tls_failure
 
-LOW_WATER: Final = 256 << 10
+LOW_WATER: Final = 1 << 20
 _TLS_PIECE: Final = 256 << 10
 _DRIP_S: Final = 0.05
 

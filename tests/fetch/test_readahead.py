@@ -59,3 +59,12 @@ def test_whatever_is_asked_for_lies_ahead_inside_the_file_and_the_limit(
         stop = min(200, first + count)
         asked = ahead.advance(first, stop, range(first, 190))
         assert all(stop <= index < min(190, stop + limit) for index in asked)
+
+
+def test_a_small_step_keeps_nearly_all_of_the_window_asked_for() -> None:
+    ahead = Readahead(10_000, 64, 0, step=4)
+    asked_to = 0
+    for number in range(200):
+        asked_to = max(asked_to, ahead.advance(number, number + 1, range(10_000)).stop)
+        if number > 64:
+            assert asked_to >= number + 1 + 60
