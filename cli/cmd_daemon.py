@@ -23,7 +23,7 @@ from .options import (
 )
 from .process import wait_ended
 from .run import run_async
-from .swarm import swarm_factory, swarm_options, take_swarm_options
+from .swarm import split_address, swarm_factory, swarm_options, take_swarm_options
 
 _STOP_S: Final = 60.0
 """Longest wait for a daemon to bring what it has fetched to the disk."""
@@ -64,6 +64,13 @@ _STOP_S: Final = 60.0
     help="How much is logged, on standard error.",
 )
 @quota_option
+@option(
+    "--metrics",
+    envvar="RAFS_METRICS",
+    default="",
+    metavar="HOST:PORT",
+    help="Serve /metrics for Prometheus and /healthz there, to whoever can reach it: 127.0.0.1 is advised.  [default: not served]",
+)
 @swarm_options
 @registry_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
@@ -74,6 +81,7 @@ def command(
     buffer_size: int,
     readahead: int,
     quota: str,
+    metrics: str,
     log_level: str,
     stop: bool,
     unmount: bool,
@@ -96,6 +104,7 @@ def command(
         swarm=swarm_factory(swarm),
         registry=take_registry_options(options),
         keeps_images=swarm.seed,
+        metrics=split_address(metrics, "--metrics") if metrics else None,
         quota=quota_of(quota, cache_dir, is_seed=swarm.seed),
     )
     run_async(run_daemon, cache_dir, settings)

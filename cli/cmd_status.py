@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -11,31 +11,45 @@ from rafsfs.daemon.launch import connect
 from rafsfs.errors import DaemonError
 from rafsfs.fuse.spec import load_specs
 
-from .options import cache_dir_option, json_option
+from .options import cache_dir_option, json_option, option
 from .output import print_json, print_table, size
 from .run import run_async
+
+_PEERS_SHOWN: Final = 8
+"""Of a mount, on its line; `--json` has them all."""
 
 
 @click.command("status")
 @cache_dir_option
 @json_option
-def command(cache_dir: str, as_json: bool) -> None:
+@option(
+    "--metrics",
+    is_flag=True,
+    envvar="RAFS_STATUS_METRICS",
+    help="Print the daemon's figures as Prometheus scrapes them.",
+)
+def command(cache_dir: str, as_json: bool, metrics: bool) -> None:
     """Show the daemon of the cache directory and its mounts: state, bytes present, where bytes came from.
 
     Starts a daemon only if mounts are recorded that need one.
 
     Example: rafs status --json
     """
+    if metrics:
+        print(run_async(_metrics, cache_dir), end="")
+        return
     found = run_async(_status, cache_dir)
     if as_json:
         print_json(found)
         return
-    daemon = found["daemon"]
+    daemon, cache = found["daemon"], found.get("cache")
     if not daemon["pid"]:
         print(f"no daemon runs for {daemon['cache_dir']}, nothing is mounted")
         return
     print(
         f"daemon pid {daemon['pid']}, version {daemon['version']}, {size(daemon['rss_bytes'])}, cache {daemon['cache_dir']}"
+        + (f", {size(cache['held_bytes'])} held" if cache else "")
+        + (f" of {size(cache['quota_bytes'])}" if cache and cache["quota_bytes"] else "")
     )
     rows = []
     for mount in found["mounts"]:
@@ -51,6 +65,21 @@ def command(cache_dir: str, as_json: bool) -> None:
             )
         )
     print_table(rows, header=("MOUNTPOINT", "REF", "MODE", "STATE", "PRESENT", "SERVED FROM"))
+    for mount in found["mounts"]:
+        if mount["peers"]:
+            print(f"{mount['mountpoint']} got from peers: {_most(mount['peers'])}")
+
+
+def _most(peers: dict[str, int]) -> str:
+    """Return the peers that gave most, and how many more there are."""
+    ranked = sorted(peers.items(), key=lambda item: (-item[1], item[0]))
+    rest = f" and {len(ranked) - _PEERS_SHOWN} more" if len(ranked) > _PEERS_SHOWN else ""
+    return ", ".join(f"{address} {size(count)}" for address, count in ranked[:_PEERS_SHOWN]) + rest
+
+
+async def _metrics(cache_dir: str) -> str:
+    async with connect(cache_dir, start=False) as connection:
+        return str((await connection.call("metrics", {}))["text"])
 
 
 async def _status(cache_dir: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import trio
 from rafsfs.errors import CacheError, FormatError, IntegrityError, RemoteError, UnavailableError, UsageError
 from rafsfs.fetch.buffers import BufferPool
 from rafsfs.interfaces import Obtained
+from rafsfs.metrics import Values
 from rafsfs.net.http1 import HttpPool
 from rafsfs.net.http_server import HttpServer
 from rafsfs.net.origin import Origin
@@ -39,9 +40,22 @@ from .core.task import PeerTask
 from .link import Link, Links, parse_addresses
 from .neighbour import AbsentError, BusyError, Neighbour
 from .pace import UploadPace
-from .protocol.messages import VERSION, Fill, Filled, FromScheduler, Hello, Kind
+from .protocol.messages import (
+    VERSION,
+    Done,
+    Failed,
+    Fill,
+    Filled,
+    FromScheduler,
+    Hello,
+    Join,
+    Kind,
+    Leave,
+    Report,
+    Ruling,
+)
 from .selection import Run
-from .upload import Uploads
+from .upload import SLOTS, Uploads
 
 _log = logging.getLogger(__name__)
 
@@ -175,10 +189,12 @@ class SwarmPeer:
             step = next(steps)
             while True:
                 rulings = None
+                _log_step(task, step)
                 if isinstance(step, Take):
                     await self._take_all(task, step.runs, landed)
                 elif isinstance(step, Inquire):
                     rulings = await self._links.ask(task.task, step.groups, urgent=urgent)
+                    _log_rulings(task, rulings)
                 else:
                     self._perform(step.effects)
                 step = steps.send(Reply(trio.current_time(), rulings))
@@ -212,6 +228,27 @@ class SwarmPeer:
             return
         async with self._alone:
             yield
+
+    def figures(self) -> Values:
+        """Return the values of the series of rafsfs/daemon/metrics.py that concern the swarm."""
+        core, uploads = self.core, self._uploads
+        links = [link.is_up for link in self._links.links] if self._links else []
+        return {
+            "rafs_swarm_schedulers": {"up": sum(links), "down": len(links) - sum(links)},
+            "rafs_swarm_peers": len(core.standings),
+            "rafs_swarm_peers_banned": sum(peer.banned for peer in core.standings.values()),
+            "rafs_swarm_tasks": len(core.tasks),
+            "rafs_swarm_neighbours": sum(n.listening for task in core.tasks.values() for n in task.neighbours.values()),
+            "rafs_swarm_leases": sum(len(task.leases) for task in core.tasks.values()),
+            "rafs_swarm_events": {
+                event: core.counters[event] for event in ("stalled", "corrupt", "busy", "absent", "unruled")
+            },
+            "rafs_upload_bytes": uploads.counters["bytes"],
+            "rafs_upload_requests": uploads.counters["requests"],
+            "rafs_upload_refused": uploads.counters["refused"],
+            "rafs_upload_busy_slots": uploads.busy,
+            "rafs_upload_slots": SLOTS,
+        }
 
     def describe(self) -> dict[str, Any]:
         """Return what `rafs status` shows."""
@@ -275,6 +312,7 @@ class SwarmPeer:
             )  # fmt: skip
             self._perform(core.was_corrupt(task, neighbour.view))
         except* BusyError:
+            _log.debug("peer is busy: peer=%s", neighbour.id)
             core.was_busy(neighbour.view, now())
         except* AbsentError:
             core.was_absent(neighbour.view, run.first)
@@ -353,6 +391,8 @@ class SwarmPeer:
     def _perform(self, effects: Effects, link: Link | None = None) -> None:
         """Do what was decided, in order; messages go to `link`, or to who looks after their task. No checkpoint."""
         for effect in effects:
+            if isinstance(effect, Send | Listen):
+                _log_effect(effect)
             if isinstance(effect, Send):
                 links = self._links
                 if links is None or not links.send(link or links.home(effect.task), effect.message):
@@ -381,6 +421,50 @@ class SwarmPeer:
         while True:
             await trio.sleep(_TICK_S)
             self._perform(self.core.tick(trio.current_time()))
+
+
+def _log_step(task: PeerTask, step: object) -> None:
+    """Log whom chunks are taken from and what the scheduler is asked."""
+    if isinstance(step, Take):
+        for run in step.runs:
+            _log.debug(
+                "parent chosen: space=%s first=%d count=%d peer=%s",
+                task.task.hex()[:16],
+                run.first,
+                run.count,
+                run.peer,
+            )
+    elif isinstance(step, Inquire):
+        _log.debug("scheduler asked: space=%s groups=%s", task.task.hex()[:16], step.groups)
+
+
+def _log_rulings(task: PeerTask, rulings: list[Ruling] | None) -> None:
+    if rulings is None:
+        _log.debug("no ruling, fetched from the registry: space=%s", task.task.hex()[:16])
+    for ruling in rulings or ():
+        _log.debug(
+            "ruling: space=%s group=%d verdict=%s peer=%s",
+            task.task.hex()[:16],
+            ruling.group,
+            ruling.verdict.name.lower(),
+            ruling.peer.id if ruling.peer else "-",
+        )
+
+
+def _log_effect(effect: Send | Listen) -> None:
+    space = effect.task.hex()[:16]
+    if isinstance(effect, Listen):
+        _log.debug("neighbour met: space=%s peer=%s", space, effect.neighbour.id)
+        return
+    message = effect.message
+    if isinstance(message, Report):
+        _log.debug("peer reported: space=%s peer=%s what=%s", space, message.peer, message.what.name.lower())
+    elif isinstance(message, Failed):
+        _log.debug("lease given back: space=%s groups=%s reason=%s", space, message.groups, message.reason)
+    elif isinstance(message, Done):
+        _log.debug("complete: space=%s groups=%s", space, message.groups)
+    elif isinstance(message, Join | Leave):
+        _log.debug("%s: space=%s", "joined" if isinstance(message, Join) else "left", space)
 
 
 @asynccontextmanager

@@ -62,6 +62,11 @@ class Uploads:
             return self._have(bytes.fromhex(match[1]), match[2])
         return Answer(404, b"no such thing here\n")
 
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return self._busy
+
     def landed(self, space_id: bytes, chunk: int, *, prompt: bool) -> None:
         """Tell all who listen that a chunk has come, `prompt` if they cannot have it elsewhere. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .metrics import Values
 from .types import Descriptor, Digest
 
 if TYPE_CHECKING:
@@ -172,6 +173,9 @@ class Swarm(Protocol):
 
     def guard(self) -> AbstractAsyncContextManager[None]:
         """Hold while a registry is read: bounds how many do so at once when nobody coordinates them."""
+
+    def figures(self) -> Values:
+        """Return the values of the series of daemon/metrics.py that concern it."""
 
     def describe(self) -> dict[str, Any]:
         """Return what a status shows of it."""

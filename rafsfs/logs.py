@@ -30,5 +30,5 @@ def configure(level: str | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("rafsfs").setLevel(name)
-    logging.getLogger("cli").setLevel(name)
+    for package in ("rafsfs", "p2p", "scheduler", "cli"):
+        logging.getLogger(package).setLevel(name)

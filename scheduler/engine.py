@@ -248,7 +248,7 @@ class Engine:
         if lease is not None and lease.peer == peer:
             lease.expires = now + LEASE_S
             return Ruling(group, Verdict.LEASE)
-        holder = state.find_holder(group, member.blocked | {peer} | self._banned(now))
+        holder = state.find_holder(group, member.blocked | {peer} | self.banned(now))
         if holder is not None:
             return self._point(state, peer, group, holder, Verdict.HELD, out)
         if lease is not None and lease.peer not in member.blocked:
@@ -357,7 +357,8 @@ class Engine:
         accused = self.peers[peer].accused_by
         return bool(accused) and sum(now - when < BAN_S for when in accused.values()) >= 2
 
-    def _banned(self, now: float) -> set[str]:
+    def banned(self, now: float) -> set[str]:
+        """Return the peers that are handed to nobody."""
         return {peer for peer in self._accused if self._is_banned(peer, now)}
 
     def _note_failure(self, peer: str, now: float) -> None:

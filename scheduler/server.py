@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import random
 import socket
 import time
@@ -22,11 +23,34 @@ from typing import Any, Final
 import trio
 
 from p2p.protocol.frames import FrameStream
-from p2p.protocol.messages import VERSION, Contact, FromScheduler, Hello, Ping, Welcome, decode_from_peer, encode
+from p2p.protocol.messages import (
+    VERSION,
+    Answer,
+    Ask,
+    Contact,
+    Failed,
+    Fill,
+    FromPeer,
+    FromScheduler,
+    Hello,
+    Join,
+    Leave,
+    Neighbours,
+    Order,
+    Ping,
+    Report,
+    Revoke,
+    Welcome,
+    decode_from_peer,
+    encode,
+)
 from rafsfs.errors import FormatError, RafsError
-from rafsfs.net.http_server import Answer, HttpServer, Request
+from rafsfs.metrics import CONTENT_TYPE, Values, render
+from rafsfs.net.http_server import Answer as Page
+from rafsfs.net.http_server import HttpServer, Request
 
 from .engine import Engine, Out
+from .metrics import SCHEDULER
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +85,13 @@ class Scheduler:
         self._outboxes: dict[str, trio.MemorySendChannel[FromScheduler]] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
         self.counters: Counter[str] = Counter()
-        self.engine_s = 0.0
+        self.messages_in: Counter[str] = Counter()
+        self.messages_out: Counter[str] = Counter()
+        self.rulings: Counter[str] = Counter()
+        self.complaints: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.engine_s: Counter[str] = Counter()
+        """Seconds by kind of event."""
 
     async def run(self, ready: Callable[[int, int | None], None]) -> None:
         """Serve for ever; `ready` gets the ports."""
@@ -104,9 +134,11 @@ class Scheduler:
 
     def _may_enter(self, hello: Hello, host: str) -> bool:
         if hello.version != VERSION:
+            self.refused["version"] += 1
             _log.warning("peer refused: host=%s version=%d, expected %d", host, hello.version, VERSION)
             return False
         if not hmac.compare_digest(hello.token.encode(), self._settings.token.encode()):
+            self.refused["token"] += 1
             _log.warning("peer refused: host=%s wrong token", host)
             return False
         return True
@@ -120,19 +152,20 @@ class Scheduler:
             self._scopes[hello.id] = nursery.cancel_scope
             self._outboxes[hello.id] = send
             try:
-                self._deliver(self._timed(lambda: self.engine.connect(hello, host, self._now())))
+                self._deliver(self._timed("connect", lambda: self.engine.connect(hello, host, self._now())))
                 _log.info("peer connected: id=%s host=%s port=%d kind=%s", hello.id, host, hello.port, hello.kind.name)
                 await frames.send(encode(Welcome(VERSION, HEARTBEAT_S)))
                 nursery.start_soon(_write, frames, receive)
                 async for body in frames:
                     message = decode_from_peer(body)
-                    self.counters["messages_in"] += 1
-                    self._deliver(self._timed(partial(self.engine.handle, hello.id, message, self._now())))
+                    self._count(hello.id, message)
+                    handle = partial(self.engine.handle, hello.id, message, self._now())
+                    self._deliver(self._timed(kind_of(message), handle))
                 nursery.cancel_scope.cancel()
             finally:
                 if self._outboxes.get(hello.id) is send:
                     del self._outboxes[hello.id], self._scopes[hello.id]
-                    self._deliver(self._timed(lambda: self.engine.disconnect(hello.id, self._now())))
+                    self._deliver(self._timed("disconnect", lambda: self.engine.disconnect(hello.id, self._now())))
                     _log.info("peer gone: id=%s host=%s", hello.id, host)
 
     def _deliver(self, out: Out) -> None:
@@ -142,21 +175,62 @@ class Scheduler:
                 continue
             try:
                 outbox.send_nowait(message)
-                self.counters["messages_out"] += 1
+                self.messages_out[kind_of(message)] += 1
+                self._note(peer, message)
             except trio.WouldBlock:
+                self.counters["overflows"] += 1
                 _log.warning("peer does not read and is cut off: id=%s", peer)
                 self._scopes[peer].cancel()
 
-    def _timed(self, act: Callable[[], Out]) -> Out:
+    def _count(self, peer: str, message: FromPeer) -> None:
+        self.messages_in[kind_of(message)] += 1
+        if isinstance(message, Report):
+            what = message.what.name.lower()
+            self.complaints[what] += 1
+            _log.debug("complaint: peer=%s task=%s about=%s what=%s", peer, _short(message.task), message.peer, what)
+        elif isinstance(message, Ask):
+            _log.debug(
+                "asked: peer=%s task=%s groups=%s urgent=%s", peer, _short(message.task), message.groups, message.urgent
+            )
+        elif isinstance(message, Failed):
+            _log.debug("lease given back: peer=%s task=%s groups=%s", peer, _short(message.task), message.groups)
+        elif isinstance(message, Join | Leave):
+            _log.debug("%s: peer=%s task=%s", kind_of(message), peer, _short(message.task))
+
+    def _note(self, peer: str, message: FromScheduler) -> None:
+        """Count and log what was decided."""
+        if isinstance(message, Answer):
+            for ruling in message.rulings:
+                verdict = ruling.verdict.name.lower()
+                self.rulings[verdict] += 1
+                other = ruling.peer.id if ruling.peer else "-"
+                _log.debug("ruling: peer=%s group=%d verdict=%s parent=%s", peer, ruling.group, verdict, other)
+        elif isinstance(message, Order):
+            _log.debug("lease granted: seed=%s task=%s group=%d", peer, _short(message.task), message.group)
+        elif isinstance(message, Revoke):
+            _log.debug("lease ended: peer=%s task=%s groups=%s", peer, _short(message.task), message.groups)
+        elif isinstance(message, Neighbours):
+            others = [contact.id for contact in message.peers]
+            _log.debug("introduced: peer=%s task=%s to=%s", peer, _short(message.task), others)
+        elif isinstance(message, Fill):
+            _log.debug("fill ordered: peer=%s image=%s", peer, message.image)
+
+    def _timed(self, event: str, act: Callable[[], Out]) -> Out:
         started = time.perf_counter()
         out = act()
-        self.engine_s += time.perf_counter() - started
+        self.engine_s[event] += time.perf_counter() - started  # type: ignore[assignment]
         return out
 
     async def _tick(self) -> None:
         while True:
             await trio.sleep(_TICK_S)
+            started = time.perf_counter()
             out, silent = self.engine.tick(self._now())
+            self.engine_s["tick"] += time.perf_counter() - started  # type: ignore[assignment]
+            for peer, message in out:
+                if isinstance(message, Revoke):
+                    self.counters["expired"] += len(message.groups)
+                    _log.debug("lease expired: peer=%s task=%s groups=%s", peer, _short(message.task), message.groups)
             self._deliver(out)
             for peer in silent:
                 _log.info("peer is silent: id=%s", peer)
@@ -166,31 +240,36 @@ class Scheduler:
 
     # ---- HTTP ----------------------------------------------------------------------------------------------------
 
-    async def _admin(self, request: Request) -> Answer:
+    async def _admin(self, request: Request) -> Page:
         if request.path == "/healthz":
-            return Answer(200, b"ok\n", {"Content-Type": "text/plain"})
+            return Page(200, b"ok\n", {"Content-Type": "text/plain"})
         if request.path == "/metrics":
-            return Answer(200, self._metrics().encode(), {"Content-Type": "text/plain; version=0.0.4"})
+            text = await trio.to_thread.run_sync(render, SCHEDULER, self._figures())
+            return Page(200, text, {"Content-Type": CONTENT_TYPE})
         if request.path == "/swarm":
-            return Answer(
+            return Page(
                 200, json.dumps(self.describe(), indent=1).encode() + b"\n", {"Content-Type": "application/json"}
             )
-        return Answer(404, b"/healthz, /metrics, /swarm\n", {"Content-Type": "text/plain"})
+        return Page(404, b"/healthz, /metrics, /swarm\n", {"Content-Type": "text/plain"})
 
-    def _metrics(self) -> str:
-        engine = self.engine
-        figures = {
-            "rafs_scheduler_peers": (len(engine.peers), "gauge", "Connected peers."),
-            "rafs_scheduler_tasks": (len(engine.tasks), "gauge", "Data spaces with peers."),
-            "rafs_scheduler_leases": (sum(len(t.leases) for t in engine.tasks.values()), "gauge", "Live leases."),
-            "rafs_scheduler_messages_in_total": (self.counters["messages_in"], "counter", "Messages from peers."),
-            "rafs_scheduler_messages_out_total": (self.counters["messages_out"], "counter", "Messages to peers."),
-            "rafs_scheduler_engine_seconds_total": (round(self.engine_s, 6), "counter", "Time spent in decisions."),
+    def _figures(self) -> Values:
+        engine, now = self.engine, self._now()
+        return {
+            "rafs_scheduler_peers": Counter(peer.contact.kind.name.lower() for peer in engine.peers.values()),
+            "rafs_scheduler_peers_banned": len(engine.banned(now)),
+            "rafs_scheduler_tasks": len(engine.tasks),
+            "rafs_scheduler_leases": sum(len(task.leases) for task in engine.tasks.values()),
+            "rafs_scheduler_leases_expired": self.counters["expired"],
+            "rafs_scheduler_messages_in": self.messages_in.copy(),
+            "rafs_scheduler_messages_out": self.messages_out.copy(),
+            "rafs_scheduler_rulings": self.rulings.copy(),
+            "rafs_scheduler_complaints": self.complaints.copy(),
+            "rafs_scheduler_engine_seconds": {event: round(spent, 6) for event, spent in self.engine_s.items()},
+            "rafs_scheduler_queue_overflows": self.counters["overflows"],
+            "rafs_scheduler_refused": self.refused.copy(),
+            "rafs_scheduler_preheats": len(engine.preheats),
+            "rafs_scheduler_memory_bytes": _rss_bytes(),
         }
-        return "".join(
-            f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n"
-            for name, (value, kind, text) in figures.items()
-        )
 
     def describe(self) -> dict[str, Any]:
         """Return tasks, peers and leases as the admin page shows them."""
@@ -222,6 +301,20 @@ class Scheduler:
                 for task, state in self.engine.tasks.items()
             },
         }
+
+
+def kind_of(message: FromPeer | FromScheduler) -> str:
+    """Return the name of a message's kind, one of a few."""
+    return type(message).__name__.lower()
+
+
+def _short(task: bytes) -> str:
+    return task.hex()[:16]
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _contact(contact: Contact) -> dict[str, Any]:

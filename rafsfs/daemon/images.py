@@ -56,6 +56,10 @@ class OpenImages:
         self._opened: dict[tuple[Digest, str], OpenedImage] = {}
         self._opening = trio.Lock()
 
+    def __len__(self) -> int:
+        """Images open, in use or kept."""
+        return len(self._opened)
+
     def digests(self) -> set[str]:
         """Return the digests of the images in use."""
         return {str(opened.image.digest) for opened in self._opened.values() if opened.users}

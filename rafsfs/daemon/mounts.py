@@ -87,9 +87,11 @@ class Mount:
     def _is_stopping(self) -> bool:
         return self.stopping  # read anew: `stop` sets it while this task waits
 
-    def served(self, cache_bytes: int) -> None:
-        """Note what the worker says it has served from present data since it started."""
+    def served(self, cache_bytes: int) -> int:
+        """Note what the worker says it has served from present data since it started; return what is new."""
+        fresh = max(0, cache_bytes - self.cache_bytes)
         self.cache_bytes = cache_bytes
+        return fresh
 
     def mark_ready(self) -> None:
         """Note that the worker serves the mount."""

@@ -43,6 +43,9 @@ from ..fetch.source import FetchSettings
 from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount
 from ..fuse.spec import MountSpec, load_specs
 from ..interfaces import Swarm
+from ..metrics import CONTENT_TYPE, Histogram, Labelled, render
+from ..net.http_server import Answer, HttpServer
+from ..net.http_server import Request as HttpRequest
 from ..registry.reference import Reference, parse_reference
 from ..registry.store import RegistryOptions
 from ..store.cache import Cache
@@ -54,6 +57,7 @@ from .connection import socket_path
 from .eviction import Evictor
 from .images import OpenedImage, OpenImages
 from .launch import daemon_argv
+from .metrics import NODE
 from .mounts import Mount, rss_bytes
 from .protocol import Request
 from .session import PROGRESS_S, Progress, Session, first_error
@@ -76,6 +80,8 @@ class DaemonSettings:
     """How registries are reached for images that nobody here has named: those that a scheduler wants filled."""
     keeps_images: bool = False
     """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
+    metrics: tuple[str, int] | None = None
+    """Host and port of /metrics and /healthz; None: not served."""
     quota: Quota | None = None
     """How much data the cache may hold. None: as much as the disk takes."""
 
@@ -109,6 +115,8 @@ class Daemon:
         """Data spaces of mounts that were there when the daemon started and have not been taken over yet."""
         self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests)
         self._mounting: set[str] = set()
+        self._cached_bytes = 0
+        self.metrics_port = 0
         self._restored = trio.Event()
         self.stop_requested = trio.Event()
         self.unmount_at_end = False
@@ -130,6 +138,7 @@ class Daemon:
                 params.get("target_bytes"), dry_run=bool(params.get("dry_run", False))
             ),
             "cache_pin": lambda params: self._cache_calls.pin(params["image"], pinned=bool(params["pinned"])),
+            "metrics": self._metrics,
             "stop": self._stop,
         }
         if request.method not in {"ensure", "ready", "served"}:
@@ -168,7 +177,7 @@ class Daemon:
     async def _served(self, params: dict[str, Any]) -> dict[str, Any]:
         mount = self._mounts.get(params["mount"])
         if mount:
-            mount.served(int(params["cache_bytes"]))
+            self._cached_bytes += mount.served(int(params["cache_bytes"]))
         return {}
 
     async def _mount(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +289,7 @@ class Daemon:
                 "version": __version__,
                 "cache_dir": self._cache.path,
                 "rss_bytes": rss_bytes(os.getpid()),
+                "metrics_port": self.metrics_port,
             },
             "cache": {
                 "held_bytes": self._evictor.held_bytes,
@@ -290,6 +300,53 @@ class Daemon:
             "fetch": dict(self._fetcher.counters),
             "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
         }
+
+    async def _metrics(self, params: dict[str, Any]) -> dict[str, Any]:
+        return {"text": (await self.metrics()).decode()}
+
+    async def metrics(self) -> bytes:
+        """Return what Prometheus scrapes."""
+        workers = [mount.spec.worker_pid for mount in self._mounts.values() if mount.spec.worker_alive()]
+        depths = self._fetcher.depths()
+        counters, evicted = self._fetcher.counters, self._evictor.counters
+        quota = self._evictor.quota
+        values: dict[str, float | Histogram | Labelled] = {
+            "rafs_node_info": {__version__: 1},
+            "rafs_memory_bytes": {"daemon": rss_bytes(os.getpid()), "workers": sum(map(rss_bytes, workers))},
+            "rafs_mounts": Counter(mount.state for mount in self._mounts.values()),
+            "rafs_images_open": len(self._images),
+            "rafs_read_cached_bytes": self._cached_bytes,
+            "rafs_fetched_bytes": {name: counters[f"{name}_bytes"] for name in ("local", "peer", "origin")},
+            "rafs_read_miss_seconds": self._fetcher.miss_seconds,
+            "rafs_reads_failed": self._fetcher.failed_reads.copy(),
+            "rafs_chunks_landed": counters["landed"],
+            "rafs_chunks_failed": self._fetcher.failed_chunks.copy(),
+            "rafs_fetch_retries": counters["retries"],
+            "rafs_fetch_corrupt": counters["corrupt"],
+            "rafs_fetch_queue_chunks": {name: depths[name] for name in ("demand", "prefetch")},
+            "rafs_fetch_in_flight_chunks": depths["in_flight"],
+            "rafs_fetch_parked_chunks": depths["parked"],
+            "rafs_cache_present_bytes": self._evictor.held_bytes,
+            "rafs_cache_evicted_bytes": evicted["evicted_bytes"],
+            "rafs_cache_evicted_spaces": evicted["evicted_spaces"],
+            "rafs_cache_disk_full": evicted["reliefs"],
+        }
+        if quota is not None:
+            values["rafs_cache_quota_bytes"] = quota.limit
+        if self._swarm is not None and self._swarm.is_active:
+            values.update(self._swarm.figures())
+        return await trio.to_thread.run_sync(render, NODE, values)
+
+    async def serve_metrics(self, request: HttpRequest) -> Answer:
+        """Answer a request for /metrics or /healthz."""
+        if request.path == "/metrics":
+            return Answer(200, await self.metrics(), {"Content-Type": CONTENT_TYPE})
+        if request.path == "/healthz":
+            # Whoever gets this far has a loop that turns; mounts that failed are their own metric.
+            if self._restored.is_set():
+                return Answer(200, b"ok\n", {"Content-Type": "text/plain"})
+            return Answer(503, b"starting\n", {"Content-Type": "text/plain"})
+        return Answer(404, b"/healthz, /metrics\n", {"Content-Type": "text/plain"})
 
     def _mount_status(self, mount: Mount) -> dict[str, Any]:
         return mount.status() | {"present_bytes": self._images.present_bytes(mount.source)}
@@ -530,6 +587,8 @@ async def _run(
         await evictor.start()
         nursery.start_soon(evictor.run)
         nursery.start_soon(evictor.note_use_for_ever)
+        if settings.metrics is not None:
+            daemon.metrics_port = await _serve_metrics(daemon, nursery, *settings.metrics)
         nursery.start_soon(daemon.sync_for_ever)
         nursery.start_soon(trio.serve_listeners, daemon.serve, [listener])
         nursery.start_soon(_stop_on_signal, daemon)
@@ -546,6 +605,15 @@ async def _run(
         await trio.sleep(0.05)  # lets the reply to `stop` leave before its connection is cut
         _log.info("daemon stopped: pid=%d", os.getpid())
         nursery.cancel_scope.cancel()
+
+
+async def _serve_metrics(daemon: Daemon, nursery: trio.Nursery, host: str, port: int) -> int:
+    try:
+        bound: int = await nursery.start(HttpServer(daemon.serve_metrics).serve, host, port)
+    except OSError as error:
+        raise UsageError(f"metrics cannot be served on {host}:{port}: {error}; see --metrics") from error
+    _log.info("metrics served: host=%s port=%d", host, bound)
+    return bound
 
 
 async def _warm_up() -> None:

@@ -37,6 +37,7 @@ from ..errors import (
 from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
 from ..interfaces import BlobStream, ImageStore, Room, Swarm
+from ..metrics import Histogram
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
@@ -75,6 +76,10 @@ class Fetcher:
         self._pool = BufferPool(settings.buffer_bytes // 2)
         self._readahead: dict[bytes, Readahead] = {}
         self.counters: Counter[str] = Counter()
+        self.failed_chunks: Counter[str] = Counter()
+        self.failed_reads: Counter[str] = Counter()
+        """By class of error."""
+        self.miss_seconds = Histogram()
         self._noted: dict[str, float] = {}
 
     def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
@@ -142,6 +147,27 @@ class Fetcher:
             self._read_ahead(space, chunks, own, on_behalf)
         if not wanted:
             return
+        if priority is not Priority.DEMAND:
+            await self._get(space, wanted, priority, deadline_s, on_behalf)
+            return
+        started = trio.current_time()
+        try:
+            await self._get(space, wanted, priority, deadline_s, on_behalf)
+        except RafsError as error:
+            self.failed_reads[type(error).__name__] += 1
+            raise
+        finally:
+            self.miss_seconds.observe(trio.current_time() - started)
+
+    async def _get(
+        self,
+        space: DataSpace,
+        wanted: list[int],
+        priority: Priority,
+        deadline_s: float | None,
+        on_behalf: Counter[str] | None,
+    ) -> None:
+        """Wait for chunks that are not present."""
         flights = [self._queue.join(space, index, priority, on_behalf) for index in wanted]
         limit = self.settings.deadline_s if deadline_s is None else deadline_s
         try:
@@ -488,6 +514,8 @@ class Fetcher:
         flight.error = error
         self._queue.remove(flight)
         self.counters["failed" if error else "landed"] += 1
+        if error is not None:
+            self.failed_chunks[type(error).__name__] += 1
         if error is None:
             size = flight.space.table.extent(flight.index)[1]
             if self._room is not None:

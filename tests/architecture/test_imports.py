@@ -21,7 +21,7 @@ _ENTRY: Final = "rafsfs.__main__"
 """`python -m rafsfs` is the command line, so this one module reaches up to `cli`."""
 
 _RANKS: Final = {
-    **dict.fromkeys(("errors", "types", "units", "logs", "interfaces", "config", "siblings"), 0),
+    **dict.fromkeys(("errors", "types", "units", "logs", "interfaces", "config", "metrics", "siblings"), 0),
     "format": 1,
     "net": 2,
     "registry": 3,
@@ -36,7 +36,7 @@ _NO_IO: Final = {
     *("selectors", "shutil", "signal", "socket", "ssl", "subprocess", "tempfile", "time", "trio", "urllib"),
 }  # fmt: skip
 _PURE_OF_OS: Final = {"os.makedev", "os.major", "os.minor", "os.fsdecode", "os.fsencode"}
-_HEAVY: Final = ("numpy", "httpx", "click", "rich", "lmdb", "cli", "builder")
+_HEAVY: Final = ("numpy", "httpx", "click", "rich", "lmdb", "prometheus_client", "cli", "builder")
 
 
 def package_of(module: str) -> str:
