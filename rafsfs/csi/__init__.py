@@ -1,0 +1,1 @@
+"""The Container Storage Interface: models as Kubernetes volumes. docs/csi.md."""
