@@ -85,6 +85,15 @@ def write_auths(directory: str, auths: Mapping[str, Any]) -> bool:
     return True
 
 
+def read_auths(directory: str) -> dict[str, Any]:
+    """Return the `auths` that were written; none if there are none."""
+    try:
+        with open(os.path.join(directory, "config.json"), "rb") as file:
+            return dict(json.loads(file.read(_MOST))["auths"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def remove_auths(directory: str) -> None:
     """Forget them."""
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""The mounts that volumes share: one per image, repository and view, made by the node daemon, used by any number of pods.
+
+Decided here: one mount for all pods of a model rather than one each. A file system has one page cache, so ten pods that map 100 GiB of
+weights share the pages; with a mount each they would hold ten copies, or evict each other's. The price, that a worker which dies takes the
+model from all of them, is bounded: the daemon makes the mount anew and `heal` binds it again (docs/csi.md).
+
+Concurrency: one trio run. A mount is made, used and released under a lock of its own; the daemon is asked over a connection per call, each
+with a deadline. Cancelled, a call leaves at most a mount that nobody uses, which `sweep` finds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+import trio
+
+from ..daemon.connection import open_connection
+from ..daemon.launch import start_daemon
+from ..errors import DaemonError, DeadlineError, MountError, MountpointError, RafsError
+from ..registry.options import RegistryOptions
+from . import binds, secrets
+from .codes import Code, CsiError
+from .volume import VolumeSpec
+
+_log = logging.getLogger(__name__)
+
+CALL_S: Final = 60.0
+"""A call of the daemon; the kubelet waits two minutes for a publish."""
+PROBE_S: Final = 5.0
+"""A stat of a mount that takes longer counts as no answer."""
+
+
+class SharedMounts:
+    """Mounts below `directory`, by key."""
+
+    def __init__(
+        self, directory: str, cache_dir: str, registry: RegistryOptions, *, scheduler: str, may_start: bool
+    ) -> None:
+        self.directory = directory
+        self._cache_dir = cache_dir
+        self._registry = registry
+        self._scheduler = scheduler
+        self._may_start = may_start
+        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+
+    def path(self, key: str) -> str:
+        """Return where a mount is."""
+        return os.path.join(self.directory, "mounts", key)
+
+    def auth_dir(self, key: str) -> str:
+        """Return the directory of the docker config that a mount's fetches use."""
+        return os.path.join(self.directory, "auth", f"mount-{key}")
+
+    def lock(self, key: str) -> trio.Lock:
+        """Return the lock of a mount: held while it is made, bound or released."""
+        return self._locks[key]
+
+    async def ensure(self, key: str, spec: VolumeSpec, digest: str, auths: Mapping[str, Any]) -> str:
+        """Return the path of a mount, made if it is not there. The caller holds its lock. Raises RafsError."""
+        path = self.path(key)
+        await trio.to_thread.run_sync(secrets.write_auths, self.auth_dir(key), auths)
+        status = (await self.status()).get(path)
+        if status is not None and status["state"] == "failed":
+            await self.call("umount", {"mountpoint": path, "lazy": True})
+            status = None
+        if status is None:
+            await trio.to_thread.run_sync(lambda: os.makedirs(path, mode=0o700, exist_ok=True))
+            params = {
+                "ref": pinned(spec.ref, digest),
+                "mountpoint": path,
+                "mode": spec.mode,
+                "prefetch": spec.prefetch,
+                "scheduler": self._scheduler,
+                "registry": asdict(self.registry(self.auth_dir(key))),
+            }
+            if spec.include or spec.exclude:
+                params |= {"include": list(spec.include), "exclude": list(spec.exclude)}
+            try:
+                await self.call("mount", params)
+            except MountpointError:
+                # A leftover of a daemon that is gone: nobody of ours is behind it.
+                await trio.to_thread.run_sync(binds.detach, path)
+                await self.call("mount", params)
+        if await trio.to_thread.run_sync(binds.device_of, path) is None:
+            raise CsiError(
+                Code.INTERNAL,
+                f"the daemon's mount {path} is not seen here; the driver needs the cache directory with mount propagation",
+            )
+        return path
+
+    def registry(self, docker_config: str) -> RegistryOptions:
+        """Return how the registry is reached with the credentials in a directory."""
+        return RegistryOptions(**{**asdict(self._registry), "docker_config": docker_config})
+
+    async def release(self, key: str) -> None:
+        """Take a mount away that no volume uses. The caller holds its lock. What the daemon cannot do now, `sweep` does."""
+        path = self.path(key)
+        try:
+            await self.call("umount", {"mountpoint": path, "lazy": True})
+        except MountError as error:
+            _log.debug("mount is not the daemon's: path=%s cause=%s", path, error)
+        await trio.to_thread.run_sync(binds.detach, path)
+        await trio.to_thread.run_sync(secrets.remove_auths, self.auth_dir(key))
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            _log.debug("directory of a mount stays: path=%s cause=%s", path, error)
+
+    async def sweep(self, used: set[str]) -> None:
+        """Take away the mounts that no volume uses: leftovers of calls that were cut off."""
+        try:
+            names = os.listdir(os.path.join(self.directory, "mounts"))
+        except FileNotFoundError:
+            return
+        for key in names:
+            if key not in used and not self.lock(key).locked():
+                async with self.lock(key):
+                    try:
+                        await self.release(key)
+                    except RafsError as error:
+                        _log.warning("unused mount stays for now: path=%s cause=%s", self.path(key), error)
+
+    async def is_alive(self, path: str) -> bool:
+        """Tell whether what is mounted at a path answers within PROBE_S."""
+        with trio.move_on_after(PROBE_S):
+            return await trio.to_thread.run_sync(binds.is_alive, path, abandon_on_cancel=True)
+        return False
+
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """Return the daemon's mounts by mountpoint."""
+        answer = await self.call("status", {})
+        return {mount["mountpoint"]: mount for mount in answer["mounts"]}
+
+    async def fill(self, spec: VolumeSpec, digest: str, key: str) -> None:
+        """Fetch all of an image, for however long that takes; for a mount that was made without."""
+        params = {
+            "ref": pinned(spec.ref, digest),
+            "registry": asdict(self.registry(self.auth_dir(key))),
+            "scheduler": self._scheduler,
+        }
+        async with open_connection(self._cache_dir) as connection:
+            await connection.call("pull", params)
+
+    async def call(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Call the daemon. Raises DaemonError if it is not there, DeadlineError, and what it says."""
+        if self._may_start:
+            await start_daemon(self._cache_dir)
+        result: dict[str, Any] | None = None
+        failure: RafsError | None = None
+        with trio.move_on_after(CALL_S):
+            try:
+                async with open_connection(self._cache_dir) as connection:
+                    result = await connection.call(method, params)
+            except* RafsError as group:
+                failure = next(iter(_leaves(group)))
+        if failure is not None:
+            raise failure
+        if result is None:
+            raise DeadlineError(f"the node daemon of {self._cache_dir} did not answer {method} within {CALL_S:g} s")
+        return result
+
+
+def _leaves(group: BaseExceptionGroup[RafsError]) -> list[RafsError]:
+    found: list[RafsError] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found or [DaemonError("the daemon went away")]
+
+
+def pinned(ref: str, digest: str) -> str:
+    """Return a reference with this digest."""
+    return f"{ref.partition('@')[0]}@{digest}"

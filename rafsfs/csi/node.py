@@ -1,0 +1,259 @@
+"""The node's part of the driver: publish, unpublish, figures and condition of volumes.
+
+Decided here: in which order a volume comes and goes, and that every call may be repeated, in any order, after a crash of anybody. Publish
+mounts metadata and returns; bytes follow. A record is written first and removed last (`records`), so unpublish and `sweep` find what a crash
+left. Rule: what a pod may read is decided by the registry with the pod's own credentials, never by what another pod has fetched.
+
+Concurrency: calls run as trio tasks. A second call for a volume in flight gets ABORTED. Per shared mount a lock (`mounts`), taken after the
+volume is claimed; no other locks. A cancelled publish leaves a record and at most a mount; the next call or `sweep` goes on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+
+from ..errors import MountError, RafsError, UnavailableError
+from ..registry.store import open_store
+from . import binds, secrets
+from .codes import Code, CsiError
+from .mounts import SharedMounts
+from .records import Records, VolumeRecord
+from .secrets import Grants
+from .volume import POD_KEYS, VolumeSpec, digest_of_id, key_of, mount_key
+
+_log = logging.getLogger(__name__)
+
+_RESOLVE_S: Final = 20.0
+HEAL_S: Final = 10.0
+"""Between two looks at all mounts."""
+_PATIENCE: Final = 3
+"""A mount that does not answer this many times in a row is aborted."""
+_INLINE: Final = "csi.storage.k8s.io/ephemeral"
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeState:
+    """How far a volume is, as `rafs status` has it."""
+
+    volume_id: str
+    ref: str
+    digest: str
+    state: str
+    reason: str
+    present_bytes: int
+    total_bytes: int
+    pod: dict[str, str]
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether pods can read it."""
+        return self.state in {"ready", "serving", "mounted"}
+
+
+class Node:
+    """Volumes of this node. `directory`: the driver's own part of the cache directory."""
+
+    def __init__(self, directory: str, mounts: SharedMounts) -> None:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        self.records = Records(os.path.join(directory, "volumes"))
+        self.mounts = mounts
+        self._grants = Grants(os.path.join(directory, "grants.json"))
+        self._directory = directory
+        self._busy: set[str] = set()
+        self._missed: dict[str, int] = {}
+        self._fills: set[str] = set()
+        self._nursery: trio.Nursery | None = None
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self, volume_id: str, target: str, spec: VolumeSpec, secret: Mapping[str, str], attributes: Mapping[str, str]
+    ) -> None:
+        """Make a volume appear at `target`; again is fine, with new credentials too. Raises RafsError."""
+        async with self._claim(volume_id):
+            old = self.records.find(volume_id, target)
+            if old is not None and old.spec != spec:
+                raise CsiError(Code.ALREADY_EXISTS, f"volume {volume_id} is at {target} already, with other attributes")
+            auths = secrets.docker_auths(spec, secret, attributes)
+            own = self._auth_dir(volume_id)
+            changed = await trio.to_thread.run_sync(secrets.write_auths, own, auths)
+            pod = {name: attributes[key] for name, key in POD_KEYS.items() if key in attributes}
+            if old is not None and not changed and await self._is_good(old):
+                return
+            pinned = digest_of_id(volume_id)
+            known = old.digest if old else (pinned.text if pinned else "")
+            digest = await self.resolve(spec, known, own, auths)
+            key = mount_key(digest, spec.reference.store_name, spec)
+            record = VolumeRecord(volume_id, target, spec, digest, key, pod)
+            await trio.to_thread.run_sync(self.records.save, record)
+            await self._bring_up(record, auths)
+            _log.info("volume published: id=%s target=%s ref=%s digest=%s", volume_id, target, spec.ref, digest)
+
+    async def unpublish(self, volume_id: str, target: str) -> None:
+        """Take a volume away from `target`. Nothing there is fine. Raises RafsError."""
+        async with self._claim(volume_id):
+            record = self.records.find(volume_id, target)
+            await trio.to_thread.run_sync(binds.detach, target)
+            await trio.to_thread.run_sync(binds.remove_target, target)
+            if record is None:
+                return
+            await trio.to_thread.run_sync(self.records.remove, record)
+            if not self.records.of_volume(volume_id):
+                secrets.remove_auths(self._auth_dir(volume_id))
+            await self.let_go(record.mount_key)
+            _log.info("volume unpublished: id=%s target=%s", volume_id, target)
+
+    async def state(self, volume_id: str, path: str | None = None) -> VolumeState:
+        """Return how a volume is. `path`: where it must be published. Raises CsiError NOT_FOUND."""
+        records = [r for r in self.records.of_volume(volume_id) if path is None or r.target == os.path.abspath(path)]
+        if not records:
+            raise CsiError(Code.NOT_FOUND, f"volume {volume_id} is not published {'at ' + path if path else 'here'}")
+        record = records[0]
+        return self.state_of(record, await self.mounts.status())
+
+    def state_of(self, record: VolumeRecord, mounts: Mapping[str, Mapping[str, Any]]) -> VolumeState:
+        """Return how a volume is, by the daemon's mounts."""
+        mount = mounts.get(self.mounts.path(record.mount_key))
+        state, reason = ("lost", "the daemon has no mount of it") if mount is None else (mount["state"], mount["reason"])
+        present, total = (mount["present_bytes"], mount["data_bytes"]) if mount else (0, 0)
+        return VolumeState(
+            record.volume_id, record.spec.ref, record.digest, state, reason or "", present, total, record.pod
+        )
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    async def resolve(self, spec: VolumeSpec, known: str, auth_dir: str, auths: Mapping[str, Any]) -> str:
+        """Return the digest of what a volume holds, after the registry has let these credentials see it.
+
+        While the registry is away, credentials that it has accepted before are enough for what is pinned. Raises RemoteError.
+        """
+        reference = spec.reference
+        wanted = known or (reference.digest.text if reference.digest else "")
+        try:
+            with trio.fail_after(_RESOLVE_S):
+                options = self.mounts.registry(auth_dir)
+                async with open_store(reference, options) as store:
+                    found = (await store.resolve(wanted or reference.reference)).digest.text
+        except (UnavailableError, trio.TooSlowError) as error:
+            if wanted and self._grants.has(reference.store_name, auths):
+                _log.warning("registry away, volume is as before: ref=%s digest=%s cause=%s", spec.ref, wanted, error)
+                return wanted
+            raise UnavailableError(
+                f"registry of {spec.ref} does not answer, and these credentials are not known here: {error or 'too slow'}"
+            ) from None
+        self._grants.add(reference.store_name, auths)
+        return found
+
+    async def _bring_up(self, record: VolumeRecord, auths: Mapping[str, Any]) -> None:
+        spec = record.spec
+        async with self.mounts.lock(record.mount_key):
+            path = await self.mounts.ensure(record.mount_key, spec, record.digest, auths)
+            if not await self.mounts.is_alive(path):
+                raise MountError(f"{path} does not answer; it is made anew, try again")
+            if not await self._is_bound(record):
+                await trio.to_thread.run_sync(binds.detach, record.target)
+                await trio.to_thread.run_sync(
+                    lambda: binds.bind(path, spec.sub_path, record.target, executable=spec.executable)
+                )
+        if spec.prefetch == "all":
+            self._fill_later(record)
+
+    async def _is_bound(self, record: VolumeRecord) -> bool:
+        devices = await trio.to_thread.run_sync(binds.mount_devices)
+        there = devices.get(record.target)
+        return there is not None and there == devices.get(self.mounts.path(record.mount_key))
+
+    async def _is_good(self, record: VolumeRecord) -> bool:
+        return await self._is_bound(record) and await self.mounts.is_alive(record.target)
+
+    async def let_go(self, key: str) -> None:
+        """Release a shared mount unless another volume uses it; hand it the credentials of one that does."""
+        if not key:
+            return
+        async with self.mounts.lock(key):
+            users = [record for record in self.records if record.mount_key == key]
+            if key not in self.records.mount_keys():
+                await self.mounts.release(key)
+            elif users:
+                auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(users[0].volume_id))
+                await trio.to_thread.run_sync(secrets.write_auths, self.mounts.auth_dir(key), auths)
+
+    def _fill_later(self, record: VolumeRecord) -> None:
+        """See to it that a volume that wants all of its image gets it, also where another volume's mount was there first."""
+        key = record.mount_key
+        if self._nursery is not None and key not in self._fills:
+            self._fills.add(key)
+            self._nursery.start_soon(self._fill, record)
+
+    async def _fill(self, record: VolumeRecord) -> None:
+        try:
+            await self.mounts.fill(record.spec, record.digest, record.mount_key)
+        except* RafsError as group:
+            _log.warning("volume is not complete: id=%s cause=%s", record.volume_id, group.exceptions[0])
+        finally:
+            self._fills.discard(record.mount_key)
+
+    def _auth_dir(self, volume_id: str) -> str:
+        return os.path.join(self._directory, "auth", f"volume-{key_of(volume_id)}")
+
+    @asynccontextmanager
+    async def _claim(self, volume_id: str) -> AsyncIterator[None]:
+        if volume_id in self._busy:
+            raise CsiError(Code.ABORTED, f"another call for volume {volume_id} is in flight")
+        self._busy.add(volume_id)
+        try:
+            yield
+        finally:
+            self._busy.discard(volume_id)
+
+    # ---- by itself -----------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look after mounts for ever: unused ones go, dead ones are bound anew, hung ones are aborted."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            while True:
+                try:
+                    await self.heal()
+                    await self.mounts.sweep(self.records.mount_keys())
+                except RafsError as error:
+                    _log.warning("mounts cannot be looked after now: %s", error)
+                await trio.sleep(HEAL_S)
+
+    async def heal(self) -> None:
+        """Bind volumes anew whose mount has been replaced; abort the FUSE connection of a mount that hangs."""
+        for key in self.records.mount_keys():
+            path = self.mounts.path(key)
+            if await self.mounts.is_alive(path):
+                self._missed.pop(key, None)
+            else:
+                self._missed[key] = self._missed.get(key, 0) + 1
+                device = await trio.to_thread.run_sync(binds.device_of, path)
+                if self._missed[key] >= _PATIENCE and device and await trio.to_thread.run_sync(binds.abort_fuse, device):
+                    _log.error("mount hangs and is aborted: path=%s", path)
+        for record in self.records:
+            if record.volume_id in self._busy or not record.mount_key or record.spec.dynamic:
+                continue
+            if self.mounts.lock(record.mount_key).locked() or await self._is_good(record):
+                continue
+            try:
+                async with self._claim(record.volume_id):
+                    auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(record.volume_id))
+                    await self._bring_up(record, auths)
+                    _log.info("volume bound anew: id=%s target=%s", record.volume_id, record.target)
+            except RafsError as error:
+                _log.warning("volume is not readable: id=%s target=%s cause=%s", record.volume_id, record.target, error)
+
+
+def is_inline(attributes: Mapping[str, str]) -> bool:
+    """Tell whether a volume is written in its pod."""
+    return attributes.get(_INLINE, "false") == "true"
+
