@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm format clean
+.PHONY: setup demo test check bench bench-swarm format clean csi-stubs
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 
@@ -25,6 +25,10 @@ bench: setup
 # Nodes in network namespaces; needs root.
 bench-swarm: setup
 	@$(PYTHON) -m benchmarks.swarm
+
+# What the driver speaks, made from the interface's own definition; needs Go.
+csi-stubs: setup
+	@scripts/csi_stubs.sh
 
 format: setup
 	@$(PYTHON) -m ruff format .

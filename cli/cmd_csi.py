@@ -89,9 +89,7 @@ def command(endpoint: str, cache_dir: str, log_level: str, http: str, **options:
     run_async(_run, endpoint, os.path.abspath(cache_dir), registry, http, options)
 
 
-async def _run(
-    endpoint: str, cache_dir: str, registry: RegistryOptions, http: str, options: dict[str, Any]
-) -> None:
+async def _run(endpoint: str, cache_dir: str, registry: RegistryOptions, http: str, options: dict[str, Any]) -> None:
     from rafsfs.csi.controller import Controller  # noqa: PLC0415 - grpcio is an extra
     from rafsfs.csi.mounts import SharedMounts  # noqa: PLC0415
     from rafsfs.csi.node import Node  # noqa: PLC0415
@@ -108,7 +106,7 @@ async def _run(
             mounts = SharedMounts(
                 directory, cache_dir, registry, scheduler=options["scheduler"], may_start=options["start_daemon"]
             )
-            node = Node(directory, mounts)
+            node = Node(directory, mounts, loopback=options["allow_loopback"])
             await nursery.start(node.run)
             if http:
                 host, port = split_address(http, "--http")

@@ -23,18 +23,21 @@ COMMANDS: Final = {
     "cache": "See and manage the node's cache.",
     "cat": "Print a file of an image.",
     "check": "Check an image: structure, blobs, and with --data every byte.",
+    "csi": "Run the driver that makes models Kubernetes volumes.",
     "daemon": "Run the node daemon of a cache directory.",
     "diff": "Show what changed between two images.",
     "doctor": "Tell what this machine can do, and what to do about the rest.",
     "export": "Write an image out as an ordinary directory.",
     "inspect": "Show what an image is made of.",
     "ls": "List files of an image.",
+    "models": "Add and remove models of a pod's dynamic volume.",
     "mount": "Mount an image.",
     "preheat": "Have an image fetched by seeds or all nodes.",
     "pull": "Fill the node's cache with an image.",
     "scheduler": "Run a scheduler for nodes that share what they fetch.",
     "status": "Show the daemon and its mounts.",
     "umount": "Take a mount away.",
+    "wait": "Wait until a mount can be read or is complete.",
 }
 
 

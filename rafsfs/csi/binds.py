@@ -1,7 +1,8 @@
-"""Bind mounts of pods: a directory of a mount becomes a pod's volume, read-only. Blocking calls; run them in a thread with a limit.
+"""Bind mounts of pods: a directory of a mount becomes a pod's volume, read-only. Blocking calls; run them in a thread with a
+limit.
 
-Decided here: flags, and how a dead mount is told from a live one. Rule: a path inside an image is walked without following links, since whoever
-built the image made them; what is bound is what the walk arrived at, by its descriptor.
+Decided here: flags, and how a dead mount is told from a live one. Rule: a path inside an image is walked without following
+links, since whoever built the image made them; what is bound is what the walk arrived at, by its descriptor.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def open_below(root: str, path: str) -> int:
         fd = deeper
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
-            raise CsiError(Code.INVALID_ARGUMENT, f"subPath {path!r} is not a directory of the image (links are not followed)")
+            raise CsiError(
+                Code.INVALID_ARGUMENT, f"subPath {path!r} is not a directory of the image (links are not followed)"
+            )
     return fd
 
 
@@ -67,10 +70,15 @@ def bind(root: str, sub_path: str, target: str, *, executable: bool) -> None:
         raise
 
 
-def bind_writable_tree(root: str, target: str) -> None:
-    """Make a directory and all that is or will be mounted below it appear at `target`."""
+def bind_tree(root: str, target: str) -> None:
+    """Make a directory appear at `target`, read-only, with all that is or will be mounted below it. `root` is shared."""
     make_target(target)
     _mount(root, target, _MS_BIND | _MS_REC)
+    try:
+        _mount("none", target, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    except MountError:
+        detach(target)
+        raise
 
 
 def make_shared(directory: str) -> None:

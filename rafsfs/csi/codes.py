@@ -1,7 +1,7 @@
 """What a call of the Container Storage Interface can fail with, and which of our errors is which. Pure.
 
-Decided here: the code of every error. Codes are gRPC's, by number, so that nothing but the server needs grpcio. Source of when which code is
-due: CSI specification 1.12, error scheme of each call.
+Decided here: the code of every error. Codes are gRPC's, by number, so that nothing but the server needs grpcio. Source of when
+which code is due: CSI specification 1.12, error scheme of each call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The controller's part of the driver: it provisions names, not bytes. CreateVolume asks the registry what a tag means now.
 
-Decided here: a provisioned volume's id holds the digest that its tag had, so every node mounts the same content for as long as the volume lives,
-and needs to ask nobody. What is kept on disk is only what idempotency asks for: which name was created with which size and content.
-Concurrency: trio tasks; one call per name at a time, the second gets ABORTED. Blocking writes are one small file, replaced as a whole.
+Decided here: a provisioned volume's id holds the digest that its tag had, so every node mounts the same content for as long as
+the volume lives, and needs to ask nobody. What is kept on disk is only what idempotency asks for: which name was created with
+which size and content. Concurrency: trio tasks; one call per name at a time, the second gets ABORTED. Blocking writes are one
+small file, replaced as a whole.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Controller:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError) as error:
-            raise CacheError(f"{self._path} cannot be read: {error}; volumes that exist do not need it, remove it") from None
+            raise CacheError(
+                f"{self._path} cannot be read: {error}; volumes that exist do not need it, remove it"
+            ) from None
 
     def _save(self) -> None:
         fields = ("id", "ref", "capacity", "attributes")

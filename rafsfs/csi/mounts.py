@@ -1,11 +1,12 @@
 """The mounts that volumes share: one per image, repository and view, made by the node daemon, used by any number of pods.
 
-Decided here: one mount for all pods of a model rather than one each. A file system has one page cache, so ten pods that map 100 GiB of
-weights share the pages; with a mount each they would hold ten copies, or evict each other's. The price, that a worker which dies takes the
-model from all of them, is bounded: the daemon makes the mount anew and `heal` binds it again (docs/csi.md).
+Decided here: one mount for all pods of a model rather than one each. A file system has one page cache, so ten pods that map 100
+GiB of weights share the pages; with a mount each they would hold ten copies, or evict each other's. The price, that a worker
+which dies takes the model from all of them, is bounded: the daemon makes the mount anew and `heal` binds it again
+(docs/csi.md).
 
-Concurrency: one trio run. A mount is made, used and released under a lock of its own; the daemon is asked over a connection per call, each
-with a deadline. Cancelled, a call leaves at most a mount that nobody uses, which `sweep` finds.
+Concurrency: one trio run. A mount is made, used and released under a lock of its own; the daemon is asked over a connection per
+call, each with a deadline. Cancelled, a call leaves at most a mount that nobody uses, which `sweep` finds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The node's part of the driver: publish, unpublish, figures and condition of volumes.
 
-Decided here: in which order a volume comes and goes, and that every call may be repeated, in any order, after a crash of anybody. Publish
-mounts metadata and returns; bytes follow. A record is written first and removed last (`records`), so unpublish and `sweep` find what a crash
-left. Rule: what a pod may read is decided by the registry with the pod's own credentials, never by what another pod has fetched.
+Decided here: in which order a volume comes and goes, and that every call may be repeated, in any order, after a crash of
+anybody. Publish mounts metadata and returns; bytes follow. A record is written first and removed last (`records`), so unpublish
+and `sweep` find what a crash left. Rule: what a pod may read is decided by the registry with the pod's own credentials, never
+by what another pod has fetched.
 
-Concurrency: calls run as trio tasks. A second call for a volume in flight gets ABORTED. Per shared mount a lock (`mounts`), taken after the
-volume is claimed; no other locks. A cancelled publish leaves a record and at most a mount; the next call or `sweep` goes on from there.
+Concurrency: calls run as trio tasks. A second call for a volume in flight gets ABORTED. Per shared mount a lock (`mounts`),
+taken after the volume is claimed; no other locks. A cancelled publish leaves a record and at most a mount; the next call or
+`sweep` goes on from there.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ..errors import MountError, RafsError, UnavailableError
 from ..registry.store import open_store
 from . import binds, secrets
 from .codes import Code, CsiError
+from .dynamic import DynamicVolumes
 from .mounts import SharedMounts
 from .records import Records, VolumeRecord
 from .secrets import Grants
@@ -60,12 +63,13 @@ class VolumeState:
 class Node:
     """Volumes of this node. `directory`: the driver's own part of the cache directory."""
 
-    def __init__(self, directory: str, mounts: SharedMounts) -> None:
+    def __init__(self, directory: str, mounts: SharedMounts, *, loopback: bool = False) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self.records = Records(os.path.join(directory, "volumes"))
         self.mounts = mounts
         self._grants = Grants(os.path.join(directory, "grants.json"))
         self._directory = directory
+        self._dynamic = DynamicVolumes(directory, self.records, mounts, self.resolve, loopback=loopback)
         self._busy: set[str] = set()
         self._missed: dict[str, int] = {}
         self._fills: set[str] = set()
@@ -96,6 +100,22 @@ class Node:
             await self._bring_up(record, auths)
             _log.info("volume published: id=%s target=%s ref=%s digest=%s", volume_id, target, spec.ref, digest)
 
+    async def publish_dynamic(
+        self, volume_id: str, target: str, spec: VolumeSpec, secret: Mapping[str, str], attributes: Mapping[str, str]
+    ) -> None:
+        """Make a volume appear whose pod adds models by itself. Raises RafsError."""
+        async with self._claim(volume_id):
+            old = self.records.find(volume_id, target)
+            if old is not None and old.spec != spec:
+                raise CsiError(Code.ALREADY_EXISTS, f"volume {volume_id} is at {target} already, with other attributes")
+            auths = secrets.docker_auths(spec, secret, attributes)
+            await trio.to_thread.run_sync(secrets.write_auths, self._auth_dir(volume_id), auths)
+            pod = {name: attributes[key] for name, key in POD_KEYS.items() if key in attributes}
+            record = old or VolumeRecord(volume_id, target, spec, pod=pod)
+            await trio.to_thread.run_sync(self.records.save, record)
+            assert self._nursery is not None
+            await self._dynamic.publish(record, self._nursery)
+
     async def unpublish(self, volume_id: str, target: str) -> None:
         """Take a volume away from `target`. Nothing there is fine. Raises RafsError."""
         async with self._claim(volume_id):
@@ -107,7 +127,9 @@ class Node:
             await trio.to_thread.run_sync(self.records.remove, record)
             if not self.records.of_volume(volume_id):
                 secrets.remove_auths(self._auth_dir(volume_id))
-            await self.let_go(record.mount_key)
+            used = await self._dynamic.unpublish(record) if record.spec.dynamic else [record.mount_key]
+            for key in used:
+                await self.let_go(key)
             _log.info("volume unpublished: id=%s target=%s", volume_id, target)
 
     async def state(self, volume_id: str, path: str | None = None) -> VolumeState:
@@ -121,7 +143,9 @@ class Node:
     def state_of(self, record: VolumeRecord, mounts: Mapping[str, Mapping[str, Any]]) -> VolumeState:
         """Return how a volume is, by the daemon's mounts."""
         mount = mounts.get(self.mounts.path(record.mount_key))
-        state, reason = ("lost", "the daemon has no mount of it") if mount is None else (mount["state"], mount["reason"])
+        state, reason = (
+            ("lost", "the daemon has no mount of it") if mount is None else (mount["state"], mount["reason"])
+        )
         present, total = (mount["present_bytes"], mount["data_bytes"]) if mount else (0, 0)
         return VolumeState(
             record.volume_id, record.spec.ref, record.digest, state, reason or "", present, total, record.pod
@@ -146,7 +170,7 @@ class Node:
                 _log.warning("registry away, volume is as before: ref=%s digest=%s cause=%s", spec.ref, wanted, error)
                 return wanted
             raise UnavailableError(
-                f"registry of {spec.ref} does not answer, and these credentials are not known here: {error or 'too slow'}"
+                f"registry of {spec.ref} does not answer, and these credentials are not known here: {str(error) or 'too slow'}"
             ) from None
         self._grants.add(reference.store_name, auths)
         return found
@@ -219,6 +243,7 @@ class Node:
         """Look after mounts for ever: unused ones go, dead ones are bound anew, hung ones are aborted."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            await self._dynamic.restore(nursery)
             task_status.started()
             while True:
                 try:
@@ -237,7 +262,11 @@ class Node:
             else:
                 self._missed[key] = self._missed.get(key, 0) + 1
                 device = await trio.to_thread.run_sync(binds.device_of, path)
-                if self._missed[key] >= _PATIENCE and device and await trio.to_thread.run_sync(binds.abort_fuse, device):
+                if (
+                    self._missed[key] >= _PATIENCE
+                    and device
+                    and await trio.to_thread.run_sync(binds.abort_fuse, device)
+                ):
                     _log.error("mount hangs and is aborted: path=%s", path)
         for record in self.records:
             if record.volume_id in self._busy or not record.mount_key or record.spec.dynamic:
@@ -256,4 +285,3 @@ class Node:
 def is_inline(attributes: Mapping[str, str]) -> bool:
     """Tell whether a volume is written in its pod."""
     return attributes.get(_INLINE, "false") == "true"
-

@@ -1,7 +1,8 @@
 """How far volumes are, over HTTP: for start-up probes, init containers and people. Read-only.
 
-Pages: `/healthz`; `/v1/volumes`, `/v1/volumes/ID`, and `/v1/pods/UID/volumes` for a pod, which knows its own uid but no volume id. What is
-told of a volume: its reference, state, bytes present and in all. Concurrency: none of its own; each request asks the daemon once.
+Pages: `/healthz`; `/v1/volumes`, `/v1/volumes/ID`, and `/v1/pods/UID/volumes` for a pod, which knows its own uid but no volume
+id. What is told of a volume: its reference, state, bytes present and in all. Concurrency: none of its own; each request asks
+the daemon once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class ProgressPages:
         except RafsError as error:
             status = 404 if code_of(error) is Code.NOT_FOUND else 503
             return Answer(status, json.dumps({"error": str(error)}).encode() + b"\n", _JSON)
-        return Answer(404, b"/healthz, /v1/volumes, /v1/volumes/ID, /v1/pods/UID/volumes\n", {"Content-Type": "text/plain"})
+        return Answer(
+            404, b"/healthz, /v1/volumes, /v1/volumes/ID, /v1/pods/UID/volumes\n", {"Content-Type": "text/plain"}
+        )
 
     async def _all(self, uid: str) -> list[dict[str, Any]]:
         mounts = await self._node.mounts.status()

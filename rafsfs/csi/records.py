@@ -1,7 +1,7 @@
 """What volumes there are on this node, on disk: one file per published volume, replaced as a whole. No secrets.
 
-Decided here: names and the order of writing. Rule: a record is written before anything is mounted for it and removed after everything has been
-taken away, so whatever a crash leaves behind is named by a record. Blocking, small.
+Decided here: names and the order of writing. Rule: a record is written before anything is mounted for it and removed after
+everything has been taken away, so whatever a crash leaves behind is named by a record. Blocking, small.
 """
 
 from __future__ import annotations

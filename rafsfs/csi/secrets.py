@@ -1,8 +1,8 @@
 """Registry credentials that come with a volume: from a pod's pull secret or its service account, to files that the node reads.
 
-Decided here: what of a secret is believed, and where it lies. Rule: only `auths` of a docker config is taken: a `credsStore` or `credHelpers`
-of a pod would start a program on the node. Files are 0600 in directories of 0700, replaced as a whole; nothing here is logged. Blocking,
-small.
+Decided here: what of a secret is believed, and where it lies. Rule: only `auths` of a docker config is taken: a `credsStore` or
+`credHelpers` of a pod would start a program on the node. Files are 0600 in directories of 0700, replaced as a whole; nothing
+here is logged. Blocking, small.
 """
 
 from __future__ import annotations

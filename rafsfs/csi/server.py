@@ -1,8 +1,8 @@
 """The driver as a gRPC server: the only file that knows gRPC. Checks requests, calls node and controller, turns errors into codes.
 
-Decided here: what each request must hold before anything is done, and deadlines. Concurrency: gRPC runs each call in a thread of a pool of
-THREADS; the thread hands the work to the trio run and waits for it. A call whose client has gone is cancelled there at its deadline.
-Secrets are in requests: no request is ever logged.
+Decided here: what each request must hold before anything is done, and deadlines. Concurrency: gRPC runs each call in a thread
+of a pool of THREADS; the thread hands the work to the trio run and waits for it. A call whose client has gone is cancelled
+there at its deadline. Secrets are in requests: no request is ever logged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Bridge:
         async def bounded() -> _T:
             with trio.move_on_after(limit):
                 return await function()
-            raise DeadlineError(f"the call was not done within {limit:.0f} s; it goes on where it was when it is repeated")
+            raise DeadlineError(
+                f"the call was not done within {limit:.0f} s; it goes on where it was when it is repeated"
+            )
 
         try:
             return trio.from_thread.run(bounded, trio_token=self._token)
@@ -181,9 +183,7 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             check(request.HasField("volume_capability"), "volume_capability is missing")
             flags = check_capability(request.volume_capability)
             attributes = dict(request.volume_context)
-            spec = parse_attributes(
-                attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes)
-            )
+            spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
             if spec.dynamic:
                 await self._node.publish_dynamic(request.volume_id, target, spec, dict(request.secrets), attributes)
             else:
@@ -209,7 +209,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
         async def work() -> pb.NodeGetVolumeStatsResponse:
             check(request.volume_id, "volume_id is missing")
-            path = _path(request.volume_path, "volume_path")
+            check(request.volume_path, "volume_path is missing")
+            path = os.path.normpath(request.volume_path)
             state = await self._node.state(request.volume_id, path)
             alive = state.is_healthy and await self._node.mounts.is_alive(path)
             total, here = state.total_bytes, state.present_bytes
@@ -254,7 +255,9 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
             spec = parse_attributes(parameters, loopback=self._loopback, inline=False)
             own = {key: value for key, value in parameters.items() if not key.startswith("csi.storage.k8s.io/")}
             size = request.capacity_range
-            check(not size.limit_bytes or size.limit_bytes >= size.required_bytes, "capacity_range ends before it begins")
+            check(
+                not size.limit_bytes or size.limit_bytes >= size.required_bytes, "capacity_range ends before it begins"
+            )
             return await self._controller.create(
                 request.name, spec, own, dict(request.secrets), required=size.required_bytes, limit=size.limit_bytes
             )
@@ -281,9 +284,7 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
         async def work() -> pb.ValidateVolumeCapabilitiesResponse:
             check(request.volume_id, "volume_id is missing")
             check(request.volume_capabilities, "volume_capabilities are missing")
-            check(
-                self._controller.exists(request.volume_id), f"no volume {request.volume_id[:140]}", Code.NOT_FOUND
-            )
+            check(self._controller.exists(request.volume_id), f"no volume {request.volume_id[:140]}", Code.NOT_FOUND)
             try:
                 for capability in request.volume_capabilities:
                     check_capability(capability)

@@ -1,8 +1,8 @@
 """What a volume is, from what Kubernetes says about it. Pure.
 
-Decided here: which attributes there are, who may set them, and every reason to refuse one. Attributes of an inline volume are written by the
-author of a pod, who is not trusted with the node. Rule: no attribute names a path of the host, a cache directory, a way around TLS or
-anything outside the image.
+Decided here: which attributes there are, who may set them, and every reason to refuse one. Attributes of an inline volume are
+written by the author of a pod, who is not trusted with the node. Rule: no attribute names a path of the host, a cache
+directory, a way around TLS or anything outside the image.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def check_reference(text: str, *, loopback: bool) -> Reference:
     if reference.kind != "registry":
         raise _bad("attribute ref names a directory of the node; a volume comes from a registry")
     if reference.is_loopback and not loopback:
-        raise _bad("attribute ref names a registry on the node itself; a volume comes from one that all nodes can reach")
+        raise _bad(
+            "attribute ref names a registry on the node itself; a volume comes from one that all nodes can reach"
+        )
     return reference
 
 

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server over trio and h11: GET only, bodies of bytes, of a range of a file (sendfile), or streamed.
+"""A small HTTP/1.1 server over trio and h11: GET unless told otherwise, bodies of bytes, of a range of a file (sendfile), or streamed.
 
 Decided here: limits of what a client may do (size of a head, time to send one, connections), keep-alive, and that a file's bytes go from
 the page cache to the socket without passing through Python; what is not in the page cache is read ahead in a thread, since a sendfile
@@ -28,18 +28,22 @@ _HEAD_S: Final = 30.0
 _SEND_S: Final = 30.0
 """How long a client may take none of an answer."""
 _MOST_HEAD: Final = 8 << 10
+_MOST_BODY: Final = 64 << 10
 _PIECE: Final = 1 << 20
 CONNECTIONS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A GET. `path` as sent, before any `?`."""
+    """A request. `path` as sent, before any `?`."""
 
     path: str
     headers: Mapping[str, str]
     peer: str
-    """Address of the client."""
+    """Address of the client; empty on a UNIX socket."""
+    method: str = "GET"
+    body: bytes = b""
+    """Empty where the server takes GET alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,16 @@ async def no_pace(count: int) -> None:
 class HttpServer:
     """Serves connections with one handler."""
 
-    def __init__(self, handler: Handler, *, pace: Pace = no_pace, ssl_context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        pace: Pace = no_pace,
+        ssl_context: ssl.SSLContext | None = None,
+        methods: frozenset[str] = frozenset({"GET"}),
+    ) -> None:
         self._handler = handler
+        self._methods = methods
         self._pace = pace
         self._ssl = ssl_context
         self._connections = 0
@@ -92,17 +104,29 @@ class HttpServer:
             nursery.start_soon(trio.serve_listeners, self._connection, listeners)
             task_status.started(bound)
 
+    async def serve_unix(self, path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen on a UNIX socket and serve for ever; one that was left over is replaced. Who may connect is the directory's matter."""
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await listener.bind(path)
+        listener.listen(64)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, self._connection, [trio.SocketListener(listener)])
+            task_status.started()
+
     async def _connection(self, stream: trio.SocketStream) -> None:
         if self._connections >= CONNECTIONS:
             await trio.aclose_forcefully(stream)
             return
         self._connections += 1
         try:
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if stream.socket.family != socket.AF_UNIX:
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire: trio.abc.Stream = stream
             if self._ssl is not None:
                 wire = trio.SSLStream(stream, self._ssl, server_side=True, https_compatible=True)
-            await _Connection(wire, stream, self._ssl is None, self._handler, self._pace).run()
+            await _Connection(wire, stream, self._ssl is None, self._handler, self._pace, self._methods).run()
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError, ssl.SSLError) as error:
             _log.debug("connection ended: %s", error)
         finally:
@@ -115,18 +139,26 @@ class _Connection:
     """One connection."""
 
     def __init__(
-        self, wire: trio.abc.Stream, stream: trio.SocketStream, is_plain: bool, handler: Handler, pace: Pace
+        self,
+        wire: trio.abc.Stream,
+        stream: trio.SocketStream,
+        is_plain: bool,
+        handler: Handler,
+        pace: Pace,
+        methods: frozenset[str],
     ) -> None:
         self._wire = wire
         self._stream = stream
         self._is_plain = is_plain
         self._handler = handler
         self._pace = pace
+        self._methods = methods
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_HEAD)
 
     async def run(self) -> None:
         """Answer requests until the connection ends."""
-        peer = str(self._stream.socket.getpeername()[0])
+        is_local = self._stream.socket.family == socket.AF_UNIX
+        peer = "" if is_local else str(self._stream.socket.getpeername()[0])
         while True:
             with trio.move_on_after(_HEAD_S) as scope:
                 event = await self._next()
@@ -134,15 +166,21 @@ class _Connection:
                 return
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
             path = event.target.decode("latin-1").partition("?")[0]
+            method = event.method.decode("latin-1")
+            body = bytearray()
             with trio.move_on_after(_HEAD_S) as scope:
-                while not isinstance(await self._next(), h11.EndOfMessage | h11.ConnectionClosed):
-                    pass  # a body of a GET is read and dropped
+                while not isinstance(part := await self._next(), h11.EndOfMessage | h11.ConnectionClosed):
+                    if isinstance(part, h11.Data) and method != "GET":  # a body of a GET is read and dropped
+                        body += part.data
+                    if len(body) > _MOST_BODY:
+                        await self._send(Answer(413, b"the body is too long\n"))
+                        return
             if scope.cancelled_caught:
                 return
-            if event.method != b"GET":
-                await self._send(Answer(405, b"only GET\n"))
+            if method not in self._methods:
+                await self._send(Answer(405, f"only {', '.join(sorted(self._methods))}\n".encode()))
             else:
-                await self._send(await self._handler(Request(path, headers, peer)))
+                await self._send(await self._handler(Request(path, headers, peer, method, bytes(body))))
             if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
                 return
             self._h11.start_next_cycle()

@@ -30,6 +30,7 @@ _RANKS: Final = {
     "fetch": 5,
     "fuse": 6,
     "daemon": 6,
+    "csi": 7,
 }
 _NO_IO: Final = {
     *("asyncio", "glob", "httpx", "io", "lmdb", "multiprocessing", "pathlib", "pyfuse3", "random", "secrets", "select"),
