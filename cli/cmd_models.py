@@ -116,13 +116,20 @@ def list_(socket_path: str, timeout: float, as_json: bool) -> None:
 async def _call(path: str, timeout_s: float, method: str, target: str, body: dict[str, Any] | None) -> dict[str, Any]:
     import httpx  # noqa: PLC0415 - `rafs --help` does without it
 
-    transport = httpx.AsyncHTTPTransport(uds=os.path.abspath(path))
+    # The path of a socket holds 107 bytes; through a descriptor of its directory it may be longer.
+    try:
+        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DaemonError(f"the volume's socket {path} is not there: {error.strerror}") from None
+    transport = httpx.AsyncHTTPTransport(uds=f"/proc/self/fd/{directory}/{os.path.basename(path)}")
     try:
         async with httpx.AsyncClient(transport=transport, timeout=timeout_s, base_url="http://volume") as client:
             answer = await client.request(method, target, content=None if body is None else json.dumps(body).encode())
             value: dict[str, Any] = json.loads(answer.content)
     except (httpx.HTTPError, ValueError) as error:
-        raise DaemonError(f"the volume's socket {path} does not answer: {error or type(error).__name__}") from None
+        raise DaemonError(f"the volume's socket {path} does not answer: {str(error) or type(error).__name__}") from None
+    finally:
+        os.close(directory)
     if answer.status_code != 200:
         raise _ERRORS.get(answer.status_code, DaemonError)(str(value.get("error", answer.status_code)))
     return value

@@ -76,7 +76,7 @@ async def _wait(path: str, share: float, timeout_s: float, url: str, cache_dir: 
     last = "nothing is known of it yet"
     with trio.move_on_after(timeout_s):
         if share == 0.0:
-            while not await trio.to_thread.run_sync(_read_first, path, abandon_on_cancel=True):
+            while not await trio.to_thread.run_sync(_read_first, path, abandon_on_cancel=True):  # noqa: ASYNC110 - a mount sends no event
                 await trio.sleep(_POLL_S)
             return
         while True:
@@ -103,7 +103,7 @@ async def _ask_daemon(path: str, cache_dir: str) -> float | None:
         async with open_connection(cache_dir) as connection:
             status = await connection.call("status", {})
     except* RafsError:
-        return None
+        status = {}
     for mount in status.get("mounts", []):
         if where == mount["mountpoint"] or where.startswith(mount["mountpoint"] + "/"):
             return _share(mount["present_bytes"], mount["data_bytes"])
@@ -117,9 +117,11 @@ async def _ask_page(url: str, path: str) -> float | None:
         async with httpx.AsyncClient(timeout=10) as client:
             value = json.loads((await client.get(url)).content)
     except (httpx.HTTPError, ValueError, httpx.InvalidURL) as error:
-        raise DaemonError(f"{url} does not answer: {error or type(error).__name__}") from None
+        raise DaemonError(f"{url} does not answer: {str(error) or type(error).__name__}") from None
     volumes = value.get("volumes", [value]) if isinstance(value, dict) else []
-    shares = [_share(v["present_bytes"], v["total_bytes"]) for v in volumes if isinstance(v, dict) and "total_bytes" in v]
+    shares = [
+        _share(v["present_bytes"], v["total_bytes"]) for v in volumes if isinstance(v, dict) and "total_bytes" in v
+    ]
     if not shares:
         raise DaemonError(f"{url} knows no volume of {path}")
     return min(shares)

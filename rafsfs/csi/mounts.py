@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 CALL_S: Final = 60.0
 """A call of the daemon; the kubelet waits two minutes for a publish."""
+AWAY_S: Final = 15.0
+"""How long a daemon may be away: one that is restarted is back in two seconds."""
 PROBE_S: Final = 5.0
 """A stat of a mount that takes longer counts as no answer."""
 
@@ -153,12 +155,20 @@ class SharedMounts:
             await start_daemon(self._cache_dir)
         result: dict[str, Any] | None = None
         failure: RafsError | None = None
+        began = trio.current_time()
         with trio.move_on_after(CALL_S):
-            try:
-                async with open_connection(self._cache_dir) as connection:
-                    result = await connection.call(method, params)
-            except* RafsError as group:
-                failure = next(iter(_leaves(group)))
+            while True:
+                try:
+                    async with open_connection(self._cache_dir) as connection:
+                        result = await connection.call(method, params)
+                        failure = None
+                except* RafsError as group:
+                    failure = next(iter(_leaves(group)))
+                except* OSError as group:
+                    failure = DaemonError(f"the node daemon of {self._cache_dir}: {group.exceptions[0]}")
+                if not isinstance(failure, DaemonError) or trio.current_time() - began > AWAY_S:
+                    break
+                await trio.sleep(0.2)
         if failure is not None:
             raise failure
         if result is None:
@@ -166,7 +176,7 @@ class SharedMounts:
         return result
 
 
-def _leaves(group: BaseExceptionGroup[RafsError]) -> list[RafsError]:
+def _leaves(group: BaseExceptionGroup[Any]) -> list[RafsError]:
     found: list[RafsError] = []
     for error in group.exceptions:
         found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]

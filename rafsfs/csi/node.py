@@ -93,7 +93,12 @@ class Node:
                 return
             pinned = digest_of_id(volume_id)
             known = old.digest if old else (pinned.text if pinned else "")
-            digest = await self.resolve(spec, known, own, auths)
+            try:
+                digest = await self.resolve(spec, known, own, auths)
+            except BaseException:
+                if old is None:  # nothing names it, so nothing would ever remove it
+                    secrets.remove_auths(own)
+                raise
             key = mount_key(digest, spec.reference.store_name, spec)
             record = VolumeRecord(volume_id, target, spec, digest, key, pod)
             await trio.to_thread.run_sync(self.records.save, record)
@@ -122,11 +127,12 @@ class Node:
             record = self.records.find(volume_id, target)
             await trio.to_thread.run_sync(binds.detach, target)
             await trio.to_thread.run_sync(binds.remove_target, target)
-            if record is None:
-                return
-            await trio.to_thread.run_sync(self.records.remove, record)
+            if record is not None:
+                await trio.to_thread.run_sync(self.records.remove, record)
             if not self.records.of_volume(volume_id):
                 secrets.remove_auths(self._auth_dir(volume_id))
+            if record is None:
+                return
             used = await self._dynamic.unpublish(record) if record.spec.dynamic else [record.mount_key]
             for key in used:
                 await self.let_go(key)

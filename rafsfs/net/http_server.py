@@ -109,7 +109,12 @@ class HttpServer:
         with suppress(FileNotFoundError):
             os.unlink(path)
         listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await listener.bind(path)
+        # The path of a socket holds 107 bytes; through a descriptor of its directory it may be longer.
+        directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            await listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+        finally:
+            os.close(directory)
         listener.listen(64)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.serve_listeners, self._connection, [trio.SocketListener(listener)])
