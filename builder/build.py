@@ -39,13 +39,13 @@ from rafsfs.format.manifest import (
 )
 from rafsfs.format.space_table import MAX_CHUNK
 from rafsfs.interfaces import ImageStore
+from rafsfs.patterns import Patterns
 from rafsfs.types import Descriptor, Digest
 
 from .base_image import BaseImage
 from .blob_writer import BlobWriter
 from .cutting import CHUNKINGS, FileCutter
 from .dictionary import ChunkDictionary
-from .exclude import Exclude
 from .identical import find_identical
 from .journal import Journal
 from .layout import SpacePlan, chunks_of_space, interleave, plan_layout
@@ -149,7 +149,7 @@ async def build_image(
     started = time.monotonic()
     # Both only read: a thread that is still at it when the build is cancelled is left behind.
     scanned = await trio.to_thread.run_sync(
-        scan, source, Exclude(options.exclude), options.space_bound, abandon_on_cancel=True
+        scan, source, Patterns(options.exclude), options.space_bound, abandon_on_cancel=True
     )
     copies = await trio.to_thread.run_sync(find_identical, scanned.files, abandon_on_cancel=True)
     # A note of the journal that turns out to be wrong costs a second pass, which starts without that note.

@@ -21,8 +21,8 @@ from rafsfs.errors import SourceError
 from rafsfs.format.bootstrap_writer import Node, inline_capacity
 from rafsfs.format.chunk_index import plan_data_ranges
 from rafsfs.format.xattr import can_store
+from rafsfs.patterns import Patterns
 
-from .exclude import Exclude
 from .source_file import SourceFile, changed, open_path, read_error, show, signature_of
 
 _log = logging.getLogger("rafsfs.builder")
@@ -65,7 +65,7 @@ class _Directory:
     above: _Directory | None
 
 
-def scan(source: str | bytes, exclude: Exclude, space_bound: int) -> Scan:
+def scan(source: str | bytes, exclude: Patterns, space_bound: int) -> Scan:
     """Walk `source`, a directory or a single regular file; a symlink to one is followed, and keeps its own name.
 
     Raises SourceError. Blocking; changes nothing, so a thread that runs it can be abandoned.
@@ -85,7 +85,7 @@ def scan(source: str | bytes, exclude: Exclude, space_bound: int) -> Scan:
 
 
 class _Walker:
-    def __init__(self, exclude: Exclude, space_bound: int) -> None:
+    def __init__(self, exclude: Patterns, space_bound: int) -> None:
         self._exclude = exclude
         self._space_bound = space_bound
         self._links: dict[tuple[int, int], Node] = {}

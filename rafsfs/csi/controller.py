@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -21,8 +21,10 @@ from ..errors import CacheError, UnavailableError
 from ..format.manifest import parse_manifest
 from ..registry.options import RegistryOptions
 from ..registry.store import open_store
+from ..types import Digest
 from . import secrets
 from .codes import Code, CsiError
+from .resolve import pin
 from .volume import VolumeSpec, digest_of_id, key_of, volume_id
 
 _RESOLVE_S: Final = 30.0
@@ -99,7 +101,7 @@ class Controller:
             await trio.to_thread.run_sync(self._save)
             return volume
 
-    async def _look(self, name: str, spec: VolumeSpec, secret: Mapping[str, str]) -> tuple[Any, int]:
+    async def _look(self, name: str, spec: VolumeSpec, secret: Mapping[str, str]) -> tuple[Digest, int]:
         directory = os.path.join(self._directory, f"auth-{key_of(name)}")
         secrets.write_auths(directory, secrets.docker_auths(spec, secret, {}))
         options = RegistryOptions(
@@ -113,12 +115,13 @@ class Controller:
         try:
             with trio.fail_after(_RESOLVE_S):
                 async with open_store(spec.reference, options) as store:
-                    descriptor, data = await store.get_manifest(spec.reference.reference)
+                    digest = await pin(store, spec.reference.reference, spec.platform)
+                    _, data = await store.get_manifest(digest.text)
         except trio.TooSlowError:
             raise UnavailableError(f"registry of {spec.ref} did not answer within {_RESOLVE_S:g} s") from None
         finally:
             secrets.remove_auths(directory)
-        return descriptor.digest, sum(blob.size for blob in parse_manifest(data).blobs)
+        return digest, sum(blob.size for blob in parse_manifest(data).blobs)
 
     async def delete(self, identity: str) -> None:
         """Forget a volume. One that is not known is fine: nothing of it is anywhere but on nodes, which look after themselves."""

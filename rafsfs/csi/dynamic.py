@@ -47,7 +47,7 @@ _STATUS: Final = {
     Code.DEADLINE_EXCEEDED: 504,
 }
 _JSON: Final = {"Content-Type": "application/json"}
-_KEYS: Final = frozenset({"ref", "prefetch", "mode", "include", "exclude", "subPath"})
+_KEYS: Final = frozenset({"ref", "prefetch", "mode", "platform", "include", "exclude", "subPath"})
 
 Resolve = Callable[[VolumeSpec, str, str, Mapping[str, Any]], Any]
 

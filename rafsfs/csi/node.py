@@ -28,6 +28,7 @@ from .codes import Code, CsiError
 from .dynamic import DynamicVolumes
 from .mounts import SharedMounts
 from .records import Records, VolumeRecord
+from .resolve import pin
 from .secrets import Grants
 from .volume import POD_KEYS, VolumeSpec, digest_of_id, key_of, mount_key
 
@@ -170,7 +171,7 @@ class Node:
             with trio.fail_after(_RESOLVE_S):
                 options = self.mounts.registry(auth_dir)
                 async with open_store(reference, options) as store:
-                    found = (await store.resolve(wanted or reference.reference)).digest.text
+                    found = (await pin(store, wanted or reference.reference, spec.platform)).text
         except (UnavailableError, trio.TooSlowError) as error:
             if wanted and self._grants.has(reference.store_name, auths):
                 _log.warning("registry away, volume is as before: ref=%s digest=%s cause=%s", spec.ref, wanted, error)

@@ -25,7 +25,10 @@ MODES: Final = ("auto", "fuse", "kernel")
 MOST_PATTERNS: Final = 64
 _FOREIGN: Final = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 """Keys that Kubernetes adds."""
-_KNOWN: Final = frozenset({"ref", "prefetch", "mode", "include", "exclude", "subPath", "dynamic", "tokenAudience"})
+_KNOWN: Final = frozenset(
+    {"ref", "prefetch", "mode", "platform", "include", "exclude", "subPath", "dynamic", "tokenAudience"}
+)
+_PLATFORM: Final = re.compile(r"\A[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9.]+)?\Z")
 _MOUNT_FLAGS: Final = frozenset({"ro", "nosuid", "nodev", "noexec", "exec", "noatime"})
 _ID: Final = re.compile(r"\Arafs-([0-9a-f]{16})-([0-9a-f]{64})\Z")
 _NAME: Final = re.compile(r"\A[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9])?\Z")
@@ -47,6 +50,8 @@ class VolumeSpec:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     sub_path: str = ""
+    platform: str = ""
+    """`os/architecture[/variant]`, of a reference that names an index; empty: this node's."""
     dynamic: bool = False
     """Whether the pod adds and removes models itself."""
     token_audience: str = ""
@@ -96,6 +101,7 @@ def parse_attributes(
         mode=_one_of(own.get("mode", "auto"), MODES, "mode"),
         include=_patterns(own.get("include", ""), "include"),
         exclude=_patterns(own.get("exclude", ""), "exclude"),
+        platform=_platform(own.get("platform", "")),
         sub_path=check_sub_path(own.get("subPath", "")),
         dynamic=dynamic,
         token_audience=own.get("tokenAudience", ""),
@@ -172,6 +178,12 @@ def _patterns(text: str, what: str) -> tuple[str, ...]:
     if len(patterns) > MOST_PATTERNS or any("\0" in item or len(item) > 1024 for item in patterns):
         raise _bad(f"attribute {what} has more than {MOST_PATTERNS} patterns, or one that is too long")
     return patterns
+
+
+def _platform(text: str) -> str:
+    if text and not _PLATFORM.match(text):
+        raise _bad(f"attribute platform is {text[:40]!r}, expected os/architecture such as linux/arm64")
+    return text
 
 
 def _one_of(text: str, allowed: tuple[str, ...], what: str) -> str:

@@ -15,6 +15,7 @@ from ..types import Descriptor, Digest
 
 MANIFEST_MEDIA_TYPE: Final = "application/vnd.oci.image.manifest.v1+json"
 INDEX_MEDIA_TYPE: Final = "application/vnd.oci.image.index.v1+json"
+INDEX_TYPES: Final = frozenset({INDEX_MEDIA_TYPE, "application/vnd.docker.distribution.manifest.list.v2+json"})
 MAX_DOCUMENT: Final = 4 << 20
 """Longest manifest or index accepted, bytes (distribution-spec: registries accept at least 4 MiB)."""
 MAX_ENTRIES: Final = 20_000
@@ -100,6 +101,28 @@ def valid_descriptors(index: Document) -> Iterable[Descriptor]:
             yield descriptor_of(entry)
         except FormatError:
             continue
+
+
+def of_platform(index: Document, platform: str) -> Descriptor:
+    """Return the manifest of an index for a platform, `os/architecture[/variant]`; one that names no platform is for all.
+
+    Raises FormatError, naming those that there are.
+    """
+    wanted = platform.split("/")
+    named: list[str] = []
+    anything = None
+    for entry in index["manifests"]:
+        said = entry.get("platform")
+        if not isinstance(said, dict):
+            anything = anything or entry
+            continue
+        parts = [str(said.get(key) or "") for key in ("os", "architecture", "variant")]
+        named.append("/".join(filter(None, parts)))
+        if parts[: len(wanted)] == wanted:
+            return descriptor_of(entry)
+    if anything is not None:
+        return descriptor_of(anything)
+    raise FormatError(f"the index has nothing for platform {platform}, only {', '.join(named[:20]) or 'nothing'}")
 
 
 def describe_manifest(data: bytes, media_type: str) -> Descriptor:

@@ -21,12 +21,13 @@ _ENTRY: Final = "rafsfs.__main__"
 """`python -m rafsfs` is the command line, so this one module reaches up to `cli`."""
 
 _RANKS: Final = {
-    **dict.fromkeys(("errors", "types", "units", "logs", "interfaces", "config", "metrics", "siblings"), 0),
+    **dict.fromkeys(("errors", "types", "units", "logs", "interfaces", "config", "metrics", "patterns", "siblings"), 0),
     "format": 1,
     "net": 2,
     "registry": 3,
     "store": 3,
     "image": 4,
+    "view": 4,
     "fetch": 5,
     "fuse": 6,
     "daemon": 6,

@@ -1,10 +1,10 @@
-"""Exclude patterns."""
+"""Patterns patterns."""
 
 from __future__ import annotations
 
 import pytest
 
-from builder.exclude import Exclude
+from rafsfs.patterns import Patterns
 
 
 @pytest.mark.parametrize(
@@ -27,4 +27,4 @@ from builder.exclude import Exclude
     ],
 )
 def test_pattern(pattern: str, path: bytes, is_dir: bool, matches: bool) -> None:
-    assert Exclude([pattern]).matches(path, is_dir=is_dir) is matches
+    assert Patterns([pattern]).matches(path, is_dir=is_dir) is matches

@@ -1,7 +1,8 @@
-"""Which paths `--exclude` leaves out. Pure.
+"""Which paths a list of globs means: of `rafs build --exclude`, of views. Pure.
 
-A pattern without a slash is held against the last part of a path, one with a slash against the whole path from the source on. `*`
-and `?` do not cross a slash, `**` does; a trailing slash means directories only. A directory that is left out takes all below it along.
+A pattern without a slash is held against the last part of a path, one with a slash against the whole path from the root on. `*`
+and `?` do not cross a slash, `**` does; a trailing slash means directories only. What is said of a directory goes for all below
+it; whoever asks sees to that.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import re
 from collections.abc import Sequence
 
 
-class Exclude:
+class Patterns:
     """Compiled patterns."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._rules = [_compile(pattern) for pattern in patterns]
 
     def matches(self, path: bytes, *, is_dir: bool) -> bool:
-        """Tell whether the file or directory at `path` (relative, no leading slash) is left out."""
+        """Tell whether the file or directory at `path` (relative, no leading slash) matches any of them."""
         name = path.rpartition(b"/")[2]
         return any(
             rule.fullmatch(path if whole else name) is not None
