@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,11 +31,6 @@ from .measure import Row, commit, machine, median, spread, table
 _SIZE = 256 << 20
 _ORIGIN_MBIT = 200
 _PEER_MBIT = 400
-_CONFIG = """version: 0.1
-log: {{level: error, accesslog: {{disabled: true}}}}
-storage: {{filesystem: {{rootdirectory: {directory}}}}}
-http: {{addr: {address}}}
-"""
 
 
 def _read(path: Path) -> int:
@@ -76,38 +70,26 @@ class Field:
         for number in range(seeds):
             rig.add(f"seed{number}", _PEER_MBIT)
         self.ref = f"{origin}:5000/bench/noise:v1"
-        self._publish(f"{origin}:5000")
+        self._publish()
 
-    def _publish(self, address: str) -> None:
+    def _publish(self) -> None:
         source = self.directory / "source"
         source.mkdir()
         (source / "noise.bin").write_bytes(os.urandom(_SIZE))
         with running_registry(self.directory / "registry") as local, running_node(self.directory / "builder") as node:
             node.build(source, f"localhost:{local.port}/bench/noise:v1", "--chunking", "fixed", timeout_s=300)
-            storage = next(path for path in (self.directory / "registry").rglob("docker") if path.is_dir()).parent
-        config = self.directory / "origin.yml"
-        config.write_text(_CONFIG.format(directory=storage, address=address))
-        process = subprocess.Popen(
-            [*self.rig.inside("origin"), "docker-registry", "serve", str(config)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._stack.callback(lambda: (process.kill(), process.wait()))
-        check = [*self.rig.inside("origin"), sys.executable, "-c",
-                 f"import urllib.request; urllib.request.urlopen('http://{address}/v2/')"]  # fmt: skip
-        wait_for(lambda: subprocess.run(check, check=False, capture_output=True).returncode == 0, "the registry", 30)
+            storage = local.storage
+        self._stack.enter_context(self.rig.registry("origin", storage))
 
     def scheduler(self, stack: contextlib.ExitStack) -> str:
         """Start a scheduler; return its address."""
         self._count += 1
-        node = stack.enter_context(running_node(self.directory / f"scheduler-{self._count}"))
-        address = self.rig.addresses["scheduler"]
-        process = subprocess.Popen(
-            [*self.rig.inside("scheduler"), *node.command("scheduler", "--listen", f"{address}:0")],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=node.env,
-        )  # fmt: skip
-        stack.callback(lambda: (process.kill(), process.wait(), process.stdout and process.stdout.close()))
-        return f"{address}:{re.findall(rb'port ([0-9]+)', output_within(process, b'port', 20) + b' ')[0].decode()}"
+        node = stack.enter_context(
+            running_node(self.directory / f"scheduler-{self._count}", inside=self.rig.inside("scheduler"))
+        )
+        process = node.start("scheduler", "--listen", f"{self.rig.addresses['scheduler']}:0")
+        port = re.findall(rb"port ([0-9]+)", output_within(process, b"port", 20) + b" ")[0].decode()
+        return f"{self.rig.addresses['scheduler']}:{port}"
 
     @contextlib.contextmanager
     def node(self, name: str, scheduler: str) -> Iterator[Node]:
@@ -120,17 +102,11 @@ class Field:
                 "RAFS_PLAIN_HTTP": "1",
                 **({"RAFS_SEED": "1"} if name.startswith("seed") else {}),
             }
-        with running_node(self.directory / f"{name}-{self._count}", env=env) as node:
-            command = [*self.rig.inside(name), *node.command("daemon", "--cache-dir", node.cache)]
-            log = (node.home / "log").open("wb")
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=node.env)
-            try:
-                wait_for((node.cache / "daemon.sock").exists, "a daemon", 60)
-                yield node
-            finally:
-                process.kill()
-                process.wait()
-                log.close()
+        home = self.directory / f"{name}-{self._count}"
+        with running_node(home, env=env, inside=self.rig.inside(name)) as node:
+            node.start("daemon", "--cache-dir", node.cache)
+            wait_for((node.cache / "daemon.sock").exists, "a daemon", 60)
+            yield node
 
     def run(self, peers: int, seeds: int, *, swarm: bool) -> Result:
         """Start everything anew, read the image on all nodes at once."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import pytest
 from tests.support.models import make_model
 from tests.support.processes import Node, running_node, why_no_mount
 from tests.support.registry import Registry, running_registry
+from tests.support.swarm import Swarm
 from tests.support.trees import make_tree
+from tests.support.weights import Array, save_safetensors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,3 +64,21 @@ def reference(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str],
         return lambda name: f"oci:{tmp_path / 'layout'}:{name}"
     registry: Registry = request.getfixturevalue("registry")
     return lambda name: f"localhost:{registry.port}/e2e/{name}:v1"
+
+
+@pytest.fixture
+def swarm(tmp_path: Path) -> Iterator[Swarm]:
+    """A scheduler of its own; nodes as the test wants them."""
+    with ExitStack() as stack:
+        yield Swarm(tmp_path, stack)
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 MiB of noise in one file and a small one; read-only by agreement."""
+    top = tmp_path_factory.mktemp("swarm") / "model"
+    top.mkdir()
+    tensors = {f"layer.{n}": Array("U8", (4 << 20,), os.urandom(4 << 20)) for n in range(16)}
+    save_safetensors(top / "model.safetensors", tensors)
+    (top / "config.json").write_text("{}")
+    return top

@@ -18,8 +18,7 @@ import pytest
 from tests.support.compare import compare_trees
 from tests.support.processes import Node, kill, read_within, running_node, wait_for
 from tests.support.registry import Registry
-
-from .test_swarm import Swarm, fetched, read_all
+from tests.support.swarm import Swarm, fetched, read_all
 
 MIB = 1 << 20
 SIZE = 8 * MIB

@@ -6,11 +6,16 @@ into a namespace's network alone (nsenter), so that their mounts are seen by all
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from .processes import wait_for
 
 
 @dataclass
@@ -19,6 +24,7 @@ class Rig:
 
     mark: str
     addresses: dict[str, str] = field(default_factory=dict)
+    _wires: dict[str, str] = field(default_factory=dict)
 
     def namespace(self, name: str) -> str:
         """Return the namespace of a machine."""
@@ -35,6 +41,7 @@ class Rig:
         wire = f"v{len(self.addresses) + 1}"
         burst = str(max(65536, mbit * 1_000_000 // 8 // 100))
         shape = ["root", "tbf", "rate", f"{mbit}mbit", "burst", burst, "latency", "50ms"]
+        self._wires[name] = wire
         for command in (
             ["ip", "netns", "add", own],
             ["ip", "-n", hub, "link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", own],
@@ -48,6 +55,49 @@ class Rig:
             subprocess.run(command, check=True, capture_output=True)
         self.addresses[name] = address
         return address
+
+    def cut(self, name: str) -> None:
+        """Take a machine off the switch: what it sends and what is sent to it is lost, and nobody is told."""
+        self._link(name, "down")
+
+    def join(self, name: str) -> None:
+        """Put it back."""
+        self._link(name, "up")
+
+    def _link(self, name: str, state: str) -> None:
+        command = ["ip", "-n", self.namespace("hub"), "link", "set", self._wires[name], state]
+        subprocess.run(command, check=True, capture_output=True)
+
+    @contextmanager
+    def registry(self, name: str, storage: Path) -> Iterator[str]:
+        """Run a docker-registry on a machine over the files of another; give its address."""
+        address = f"{self.addresses[name]}:5000"
+        config = storage.parent / f"{name}.json"
+        config.write_text(
+            json.dumps(
+                {
+                    "version": "0.1",
+                    "log": {"level": "error", "accesslog": {"disabled": True}},
+                    "storage": {"filesystem": {"rootdirectory": str(storage)}},
+                    "http": {"addr": address},
+                }
+            )
+        )
+        process = subprocess.Popen(
+            [*self.inside(name), "docker-registry", "serve", str(config)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        check = [*self.inside(name), sys.executable, "-c",
+                 f"import urllib.request; urllib.request.urlopen('http://{address}/v2/')"]  # fmt: skip
+        try:
+            wait_for(
+                lambda: subprocess.run(check, check=False, capture_output=True).returncode == 0, "the registry", 30
+            )
+            yield address
+        finally:
+            process.kill()
+            process.wait()
 
     def sent_bytes(self, name: str) -> int:
         """Return the bytes that a machine has sent over its link."""

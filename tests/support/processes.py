@@ -141,8 +141,12 @@ def read_within(path: Arg, offset: int, length: int, timeout_s: float) -> bytes:
 class Node:
     """One node of the field: a home, a cache directory, whatever daemon and workers they get."""
 
-    def __init__(self, home: Path, *, cache: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, home: Path, *, cache: Path | None = None, env: Mapping[str, str] | None = None, inside: Sequence[str] = ()
+    ) -> None:
+        """`inside` goes before every command: what puts it on another machine's network, and with it all that it starts."""
         self.home = home
+        self.inside = list(inside)
         self.cache = cache if cache is not None else home / "cache"
         self.mark = uuid.uuid4().hex
         self._started: list[subprocess.Popen[bytes]] = []
@@ -163,7 +167,7 @@ class Node:
 
     def command(self, *arguments: Arg) -> list[str]:
         """Return the command line of `rafs ARGUMENTS`."""
-        return rafs_command() + [os.fsdecode(os.fspath(argument)) for argument in arguments]
+        return self.inside + rafs_command() + [os.fsdecode(os.fspath(argument)) for argument in arguments]
 
     def run(
         self,
@@ -307,9 +311,11 @@ class Node:
 
 
 @contextlib.contextmanager
-def running_node(home: Path, *, cache: Path | None = None, env: Mapping[str, str] | None = None) -> Iterator[Node]:
+def running_node(
+    home: Path, *, cache: Path | None = None, env: Mapping[str, str] | None = None, inside: Sequence[str] = ()
+) -> Iterator[Node]:
     """Give a node; at the end, also after a failure, unmount and stop all of it."""
-    node = Node(home, cache=cache, env=env)
+    node = Node(home, cache=cache, env=env, inside=inside)
     try:
         yield node
     finally:
