@@ -20,7 +20,7 @@ from .proxy import Proxy
 from .tls import explain_tls_failure
 
 LOW_WATER: Final = 1 << 20
-"""A chunk: 256 KiB woke a daemon four times for each, a tenth of its CPU time in a swarm. The kernel holds it to half the largest receive buffer."""
+"""A chunk: with 256 KiB a daemon woke up four times for each. The kernel holds it to half of the largest receive buffer."""
 _TLS_PIECE: Final = 256 << 10
 _DRIP_S: Final = 0.05
 

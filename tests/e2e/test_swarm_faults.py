@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -97,6 +98,19 @@ def test_the_scheduler_dies_and_comes_back(swarm: Swarm, registry: Registry, noi
 
     nodes = slowly(swarm, registry, noise, restart)
     wait_for(lambda: len(swarm.state()["peers"]) == len(nodes), "all have announced themselves again", 30)
+
+
+def test_a_scheduler_that_takes_connections_and_says_nothing_holds_nobody_up(
+    node: Node, registry: Registry, noise: Path
+) -> None:
+    ref = push(node, noise, registry)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        node.env["RAFS_PEER_LISTEN"] = "127.0.0.1:0"
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        mounted = node.mount(ref, "mnt", "--scheduler", address, timeout_s=30)
+        read_all(noise, [mounted])
+        assert fetched([node])["origin_bytes"] == size_of(node)
+        assert node.status()["swarm"]["schedulers"] == {address: False}
 
 
 def test_the_only_seed_dies(swarm: Swarm, registry: Registry, noise: Path) -> None:
