@@ -57,6 +57,10 @@ FEWEST_LEASES: Final = 8
 """Leases of a task out at once: at least this many, at most MOST_LEASES, else as many as it has peers. Few enough that the beginning of a
 file is not held up by its end, many enough that the registry is always busy."""
 MOST_LEASES: Final = 64
+TASKS_PER_PEER: Final = 4096
+"""Data spaces that one peer takes part in at most: 16 TiB of images."""
+GROUPS_PER_PEER: Final = 8 << 20
+"""Groups of all its tasks: 32 TiB, and 90 MB that one peer can make a scheduler hold."""
 SAMPLE: Final = 32
 """Peers looked at to find neighbours."""
 NEW_NEIGHBOURS: Final = 8
@@ -147,6 +151,10 @@ class Engine:
 
     def _join(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Join)
+        mine = self.peers[peer]
+        is_new = event.task not in mine.tasks
+        if is_new and (len(mine.tasks) >= TASKS_PER_PEER or mine.groups + event.groups > GROUPS_PER_PEER):
+            return []  # it goes to the registry by itself for what is more
         state = self.tasks.get(event.task)
         if state is None or (not state.members and state.groups != event.groups):
             state = self.tasks[event.task] = TaskState(event.task, event.groups, event.image)
@@ -154,7 +162,8 @@ class Engine:
             return []  # a task's size follows from its id: who says otherwise is wrong, or lies
         state.image = state.image or event.image
         state.add(peer, event.have)
-        self.peers[peer].tasks.add(event.task)
+        mine.tasks.add(event.task)
+        mine.groups += event.groups if is_new else 0
         return self._introduce(state, peer, now) + self._wake_seeds(state, peer)
 
     def _wake_seeds(self, state: TaskState, peer: str) -> Out:
@@ -166,8 +175,11 @@ class Engine:
 
     def _leave(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Leave)
-        self._remove(event.task, peer)
-        self.peers[peer].tasks.discard(event.task)
+        mine = self.peers[peer]
+        if event.task in mine.tasks:
+            mine.groups -= self.tasks[event.task].groups
+            self._remove(event.task, peer)
+            mine.tasks.discard(event.task)
         return []
 
     def _remove(self, task: bytes, peer: str) -> None:

@@ -44,7 +44,7 @@ from p2p.protocol.messages import (
     decode_from_peer,
     encode,
 )
-from rafsfs.errors import FormatError, RafsError
+from rafsfs.errors import FormatError, RafsError, UnavailableError
 from rafsfs.metrics import CONTENT_TYPE, Values, render
 from rafsfs.net.http_server import Answer as Page
 from rafsfs.net.http_server import HttpServer, Request
@@ -56,9 +56,19 @@ _log = logging.getLogger(__name__)
 
 _HELLO_S: Final = 10.0
 HEARTBEAT_S: Final = 5.0
+_UNREAD_S: Final = 20.0
+"""How long a peer may take none of what is sent to it; then it is cut off, and it alone."""
 _QUEUE: Final = 4096
 """Messages waiting for one peer; one that lets more pile up is cut off, and announces itself again."""
 _TICK_S: Final = 1.0
+CONNECTIONS: Final = 20_000
+"""Open connections: twice the largest swarm that is simulated."""
+UNKNOWN_PER_HOST: Final = 64
+"""Connections of one host that have not said who they are: half-open ones must not take the place of others."""
+MESSAGES_PER_S: Final = 2000
+"""Of one peer, in the long run: one that sends more is read no faster, so it holds up itself alone."""
+_BURST: Final = 4000
+"""Messages at once: a node that announces its tasks after a restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,8 @@ class Scheduler:
         self.engine = Engine(rng)
         self._outboxes: dict[str, trio.MemorySendChannel[FromScheduler]] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._open = 0
+        self._unknown: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
         self.messages_in: Counter[str] = Counter()
         self.messages_out: Counter[str] = Counter()
@@ -110,17 +122,21 @@ class Scheduler:
             ready(port, admin)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        host = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
+        host = "?"
         frames = FrameStream(stream)
+        self._open += 1
         try:
+            host = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
+            if self._open > CONNECTIONS or self._unknown[host] >= UNKNOWN_PER_HOST:
+                self.refused["too many"] += 1
+                return
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            hello = None
-            with trio.move_on_after(_HELLO_S):
-                body = await frames.receive()
-                hello = decode_from_peer(body) if body is not None else None
-            if not isinstance(hello, Hello) or not self._may_enter(hello, host):
+            hello = await self._hello(frames, host)
+            if hello is None or not self._may_enter(hello, host):
                 return
             await self._peer(hello, host, frames)
+        except OSError as error:  # gone before it was looked at
+            _log.debug("connection of %s ended: %s", host, error)
         except RafsError as error:
             _log.debug("connection of %s ended: %s", host, error)
         except BaseExceptionGroup as group:
@@ -129,8 +145,22 @@ class Scheduler:
                 raise
             _log.debug("connection of %s ended: %s", host, group.exceptions[0])
         finally:
+            self._open -= 1
             with trio.CancelScope(shield=True):
                 await frames.aclose()
+
+    async def _hello(self, frames: FrameStream, host: str) -> Hello | None:
+        self._unknown[host] += 1
+        try:
+            with trio.move_on_after(_HELLO_S):
+                body = await frames.receive()
+                message = decode_from_peer(body) if body is not None else None
+                return message if isinstance(message, Hello) else None
+            return None
+        finally:
+            self._unknown[host] -= 1
+            if not self._unknown[host]:
+                del self._unknown[host]
 
     def _may_enter(self, hello: Hello, host: str) -> bool:
         if hello.version != VERSION:
@@ -156,7 +186,11 @@ class Scheduler:
                 _log.info("peer connected: id=%s host=%s port=%d kind=%s", hello.id, host, hello.port, hello.kind.name)
                 await frames.send(encode(Welcome(VERSION, HEARTBEAT_S)))
                 nursery.start_soon(_write, frames, receive)
+                due = trio.current_time()
                 async for body in frames:
+                    due = max(due, trio.current_time() - _BURST / MESSAGES_PER_S) + 1 / MESSAGES_PER_S
+                    if due > trio.current_time():
+                        await trio.sleep_until(due)
                     message = decode_from_peer(body)
                     self._count(hello.id, message)
                     handle = partial(self.engine.handle, hello.id, message, self._now())
@@ -328,5 +362,7 @@ async def _write(frames: FrameStream, outbox: trio.MemoryReceiveChannel[FromSche
         except FormatError as error:
             _log.error("message cannot be sent: %s", error)
             continue
-        with trio.fail_after(HEARTBEAT_S * 4):
+        with trio.move_on_after(_UNREAD_S) as scope:
             await frames.send(frame)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"it has taken nothing for {_UNREAD_S:g} s")

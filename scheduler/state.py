@@ -126,6 +126,8 @@ class PeerState:
     place: Place
     last_seen: float
     tasks: set[bytes] = field(default_factory=set)
+    groups: int = 0
+    """Of all its tasks."""
     degree: int = 0
     failures: float = 0.0
     failed_at: float = 0.0

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -132,6 +132,9 @@ class HttpServer:
             if self._ssl is not None:
                 wire = trio.SSLStream(stream, self._ssl, server_side=True, https_compatible=True)
             await _Connection(wire, stream, self._ssl is None, self._handler, self._pace, self._methods).run()
+        except trio.TooSlowError:
+            # Of `_SEND_S`: not an OSError, and it must end this connection alone.
+            _log.debug("connection ended: the client took nothing for %g s", _SEND_S)
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.ProtocolError, OSError, ssl.SSLError) as error:
             _log.debug("connection ended: %s", error)
         finally:
@@ -221,6 +224,10 @@ class _Connection:
         finally:
             if isinstance(body, FileRange):
                 body.released()
+            elif isinstance(body, AsyncGenerator):
+                # Not left to the garbage collector: what it holds (a subscriber of news) would go on growing.
+                with trio.CancelScope(shield=True):
+                    await body.aclose()
 
     async def _write(self, data: bytes) -> None:
         if data:

@@ -1,0 +1,139 @@
+"""Clients that misbehave towards the upload server and the scheduler: real sockets. The guilty are cut off, the others go on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+import rafsfs.net.http_server as http_server
+import scheduler.server as server
+from p2p.protocol.frames import FrameStream
+from p2p.protocol.messages import (
+    MAX_GROUPS,
+    VERSION,
+    Hello,
+    Join,
+    Kind,
+    NodeProgress,
+    Preheated,
+    Welcome,
+    decode_from_scheduler,
+    encode,
+)
+from rafsfs.net.http_server import Answer, HttpServer, Request
+from scheduler.engine import GROUPS_PER_PEER, TASKS_PER_PEER, Engine
+from scheduler.server import Scheduler, SchedulerSettings
+
+pytestmark = pytest.mark.io
+LIMIT_S = 30.0
+_opened: list[trio.SocketStream] = []
+
+
+async def end(nursery: trio.Nursery) -> None:
+    while _opened:
+        await trio.aclose_forcefully(_opened.pop())
+    nursery.cancel_scope.cancel()
+
+
+async def connect(port: int) -> trio.SocketStream:
+    stream = await trio.open_tcp_stream("127.0.0.1", port)
+    _opened.append(stream)
+    return stream
+
+
+async def scheduler_in(nursery: trio.Nursery) -> tuple[Scheduler, int]:
+    running = Scheduler(SchedulerSettings(host="127.0.0.1", port=0), random.Random(1))
+    ports: list[int] = []
+    ready = trio.Event()
+
+    def started(port: int, admin: int | None) -> None:
+        ports.append(port)
+        ready.set()
+
+    nursery.start_soon(running.run, started)
+    await ready.wait()
+    return running, ports[0]
+
+
+async def welcomed(port: int, name: str) -> FrameStream:
+    frames = FrameStream(await connect(port))
+    await frames.send(encode(Hello(VERSION, name, 1, Kind.PEER)))
+    body = await frames.receive()
+    assert body is not None
+    assert isinstance(decode_from_scheduler(body), Welcome)
+    return frames
+
+
+async def test_a_client_that_takes_no_answer_ends_its_connection_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_SEND_S", 0.1)
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield bytes(1 << 20)
+
+    async def handle(request: Request) -> Answer:
+        return Answer(200, endless() if request.path == "/endless" else b"here\n")
+
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            serving = HttpServer(handle)
+            port = await nursery.start(serving.serve, "127.0.0.1", 0)
+            idle = await connect(port)
+            await idle.send_all(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+            while serving._connections != 1:
+                await trio.sleep(0.01)
+            while serving._connections:
+                await trio.sleep(0.01)
+            other = await connect(port)
+            await other.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert bytes(await other.receive_some(64)).startswith(b"HTTP/1.1 200")
+            await end(nursery)
+
+
+async def test_a_peer_that_reads_nothing_does_not_end_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_UNREAD_S", 0.1)
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            running, port = await scheduler_in(nursery)
+            await welcomed(port, "deaf")
+            big = Preheated(1, [NodeProgress("x", 0, 0, "e" * 4000)] * 200)
+            while "deaf" in running._outboxes:
+                running._deliver([("deaf", big)])
+                await trio.sleep(0.001)
+            await (await welcomed(port, "other")).aclose()
+            await end(nursery)
+
+
+async def test_giant_frames_garbage_and_half_open_connections_leave_the_scheduler_to_others() -> None:
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            running, port = await scheduler_in(nursery)
+            for sent in (b"\xff" * 4, b"\x00\x00\x00\x05hello", b"GET / HTTP/1.1\r\n\r\n"):
+                stream = await connect(port)
+                await stream.send_all(sent)
+                with pytest.raises((trio.BrokenResourceError, AssertionError)):
+                    assert await stream.receive_some(1), "closed"
+            mute = [await connect(port) for _ in range(server.UNKNOWN_PER_HOST + 8)]
+            while running.refused["too many"] < 8:
+                await trio.sleep(0.01)
+            for stream in mute:
+                await stream.aclose()
+            while running._unknown:
+                await trio.sleep(0.01)
+            await (await welcomed(port, "other")).aclose()
+            await end(nursery)
+
+
+def test_a_peer_can_make_the_scheduler_hold_only_so_much() -> None:
+    engine = Engine(random.Random(1))
+    engine.connect(Hello(VERSION, "greedy", 1, Kind.PEER), "10.0.0.1", 0.0)
+    for number in range(10):
+        engine.handle("greedy", Join(number.to_bytes(32, "big"), MAX_GROUPS), 0.0)
+    assert sum(task.groups for task in engine.tasks.values()) <= GROUPS_PER_PEER
+    engine.connect(Hello(VERSION, "many", 1, Kind.PEER), "10.0.0.2", 0.0)
+    for number in range(TASKS_PER_PEER + 20):
+        engine.handle("many", Join((1000 + number).to_bytes(32, "big"), 1), 0.0)
+    assert len(engine.peers["many"].tasks) == TASKS_PER_PEER
