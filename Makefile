@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm format clean csi-stubs
+.PHONY: setup demo test check bench bench-swarm bench-sim format clean csi-stubs
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 
@@ -29,6 +29,10 @@ bench-swarm: setup
 # What the driver speaks, made from the interface's own definition; needs Go.
 csi-stubs: setup
 	@scripts/csi_stubs.sh
+
+# Swarms of hundreds and thousands of nodes, simulated.
+bench-sim: setup
+	@$(PYTHON) -m benchmarks.swarm_sim
 
 format: setup
 	@$(PYTHON) -m ruff format .

@@ -55,6 +55,8 @@ class Link:
     outbox: trio.MemorySendChannel[FromPeer] | None = None
     asked: dict[int, trio.Event] = field(default_factory=dict)
     answers: dict[int, list[Ruling]] = field(default_factory=dict)
+    open: dict[int, bytes] = field(default_factory=dict)
+    """Of questions that have not been answered, whether anybody still waits or not, the task."""
 
     @property
     def address(self) -> str:
@@ -87,11 +89,13 @@ class Links:
         self,
         hello: Hello,
         received: Callable[[Link, FromScheduler], None],
+        answered: Callable[[Link, bytes, list[Ruling]], None],
         connected: Callable[[Link], None],
         lost: Callable[[Link], None],
     ) -> None:
         self._hello = hello
         self._received = received
+        self._answered = answered
         self._connected = connected
         self._lost = lost
         self.links: list[Link] = []
@@ -132,7 +136,7 @@ class Links:
             return False
         return True
 
-    async def ask(self, task: bytes, groups: list[int], *, urgent: bool) -> list[Ruling] | None:
+    async def ask(self, task: bytes, groups: list[int], *, urgent: bool, again: int) -> list[Ruling] | None:
         """Return what a task's scheduler rules, None if there is none or it does not answer."""
         link = self.home(task)
         number = next(self._numbers)
@@ -140,8 +144,9 @@ class Links:
             return None
         event = link.asked[number] = trio.Event()
         try:
-            if not self.send(link, Ask(number, task, groups, urgent)):
+            if not self.send(link, Ask(number, task, groups, urgent, again)):
                 return None
+            link.open[number] = task
             with trio.move_on_after(ASK_S):
                 await event.wait()
             return link.answers.pop(number, None)
@@ -171,6 +176,7 @@ class Links:
             if link.outbox is not None:
                 link.outbox = None
                 self._lost(link)
+            link.open.clear()
             for event in link.asked.values():
                 event.set()
             with trio.CancelScope(shield=True):
@@ -195,6 +201,9 @@ class Links:
                 raise UnavailableError("it closed the connection")
             message = decode_from_scheduler(body)
             if isinstance(message, Answer):
+                task = link.open.pop(message.number, None)
+                if task is not None:
+                    self._answered(link, task, message.rulings)
                 event = link.asked.get(message.number)
                 if event is not None:
                     link.answers[message.number] = message.rulings

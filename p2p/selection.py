@@ -71,14 +71,3 @@ def assign(
         booked[peer] += size
         position += count
     return runs, left
-
-
-def rarest_first(groups: Sequence[int], copies: Callable[[int], int], rng: random.Random) -> list[int]:
-    """Return groups in the order in which to prefetch them: those that the fewest neighbours have first, equals at random.
-
-    Groups that nobody has come last, in their order: they are the registry's, the scheduler divides them, and who reads from the
-    beginning to the end waits least if they are fetched so.
-    """
-    return sorted(
-        groups, key=lambda group: (copies(group) == 0, copies(group), rng.random() if copies(group) else group)
-    )

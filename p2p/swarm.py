@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import random
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -103,6 +103,8 @@ class SwarmPeer:
         )
         self._buffers = BufferPool(_BUFFERS)
         self._uploads = Uploads(cache.opened_space, self._pending, settings.token)
+        self._changed = trio.Event()
+        """Set, and replaced, when something may have become worth prefetching."""
         self._alone = trio.CapacityLimiter(_ALONE)
         self.port = 0
         self.requeue: Callable[[bytes, int], None] = lambda space_id, chunk: None
@@ -129,7 +131,9 @@ class SwarmPeer:
         addresses = parse_addresses(schedulers)
         assert self._nursery is not None
         if self._links is None:
-            self._links = Links(Hello(0, self.core.id, 0, Kind.PEER), self._received, self._connected, self._lost)
+            self._links = Links(
+                Hello(0, self.core.id, 0, Kind.PEER), self._received, self._answered, self._connected, self._lost
+            )
             server = HttpServer(self._uploads.handle, pace=UploadPace(self._settings.upload_bytes_per_s))
             try:
                 self.port = await self._nursery.start(server.serve, self._settings.host, self._settings.port)
@@ -142,7 +146,7 @@ class SwarmPeer:
             hello = Hello(
                 VERSION, self.core.id, self.port, kind, settings.zone, settings.rack, settings.token, settings.address
             )
-            self._links = Links(hello, self._received, self._connected, self._lost)
+            self._links = Links(hello, self._received, self._answered, self._connected, self._lost)
             _log.info("peer started: id=%s port=%d kind=%s", self.core.id, self.port, kind.name)
             self._started.set()
         await self._started.wait()
@@ -184,7 +188,7 @@ class SwarmPeer:
         task = self.core.tasks.get(space.space_id)
         if task is None or self._links is None:
             return Obtained(chunks, [])
-        steps = self.core.errand(task, chunks).steps(trio.current_time())
+        steps = self.core.errand(task, chunks, urgent=urgent).steps(trio.current_time())
         try:
             step = next(steps)
             while True:
@@ -193,7 +197,7 @@ class SwarmPeer:
                 if isinstance(step, Take):
                     await self._take_all(task, step.runs, landed)
                 elif isinstance(step, Inquire):
-                    rulings = await self._links.ask(task.task, step.groups, urgent=urgent)
+                    rulings = await self._links.ask(task.task, step.groups, urgent=urgent, again=step.again)
                     _log_rulings(task, rulings)
                 else:
                     self._perform(step.effects)
@@ -208,17 +212,29 @@ class SwarmPeer:
         if task is not None:
             self._uploads.landed(space_id, chunk, prompt=task.content.group(chunk) in task.leases)
             self._perform(self.core.landed(space_id, chunk, trio.current_time()))
+            self._wake_plans()
 
     def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:
         """The registry did not give these: their leases go back. No checkpoint."""
         self._perform(self.core.gave_up(space_id, chunks, cause))
 
-    def order(self, space: DataSpace, batches: list[list[int]]) -> list[list[int]]:
-        """Return batches of chunks in the order in which to prefetch them: what is rare among neighbours first."""
+    async def order(self, space: DataSpace, batches: list[list[int]]) -> AsyncGenerator[list[int], None]:
+        """Yield batches of chunks in the order in which to prefetch them, each chosen when it is asked for and can be had."""
         task = self.core.tasks.get(space.space_id)
-        if task is None or not self.is_active or not batches:
-            return batches
-        return self.core.order(task, batches, trio.current_time())
+        if task is None or not self.is_active:
+            for batch in batches:
+                yield batch
+            return
+        plan = self.core.prefetch(task, batches)
+        try:
+            while plan.left:
+                choice = plan.choose(trio.current_time())
+                if choice is not None:
+                    yield choice
+                else:
+                    await self._changed.wait()
+        finally:
+            plan.close()
 
     @asynccontextmanager
     async def guard(self) -> AsyncIterator[None]:
@@ -315,10 +331,10 @@ class SwarmPeer:
             _log.debug("peer is busy: peer=%s", neighbour.id)
             core.was_busy(neighbour.view, now())
         except* AbsentError:
-            core.was_absent(neighbour.view, run.first)
+            self._perform(core.was_absent(task, neighbour.view, run.first, now()))
         except* (UnavailableError, RemoteError) as group:
             _log.debug("peer did not deliver: peer=%s cause=%s", neighbour.id, group.exceptions[0])
-            core.was_stalled(neighbour.view, now())
+            self._perform(core.was_stalled(task, neighbour.view, now()))
 
     def _pending(self, space_id: bytes) -> list[int]:
         task = self.core.tasks.get(space_id)
@@ -341,6 +357,7 @@ class SwarmPeer:
 
         def came(_: Neighbour, fresh: list[int]) -> None:
             self._perform(self.core.heard(task, fresh))
+            self._wake_plans()
 
         unreachable = False
         try:
@@ -374,6 +391,9 @@ class SwarmPeer:
     def _lost(self, link: Link) -> None:
         self._perform(self.core.lost(link.address, self._home))
 
+    def _answered(self, link: Link, task_id: bytes, rulings: list[Ruling]) -> None:
+        self._perform(self.core.answered(task_id, rulings, trio.current_time()), link)
+
     def _received(self, link: Link, message: FromScheduler) -> None:
         if not isinstance(message, Fill):
             self._perform(self.core.received(message, trio.current_time()), link)
@@ -406,6 +426,10 @@ class SwarmPeer:
             elif self._nursery is not None:
                 self._start_listening(effect, self._nursery)
 
+    def _wake_plans(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
     def _start_listening(self, effect: Listen, nursery: trio.Nursery) -> None:
         task = self.core.tasks.get(effect.task)
         if task is None:  # left since the scheduler was asked
@@ -421,6 +445,7 @@ class SwarmPeer:
         while True:
             await trio.sleep(_TICK_S)
             self._perform(self.core.tick(trio.current_time()))
+            self._wake_plans()
 
 
 def _log_step(task: PeerTask, step: object) -> None:

@@ -6,7 +6,7 @@ a protocol asks which implementation it has.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -168,8 +168,8 @@ class Swarm(Protocol):
     def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:
         """Say that the registry did not give chunks that were ours to fetch."""
 
-    def order(self, space: DataSpace, batches: list[list[int]]) -> list[list[int]]:
-        """Return batches of chunks in the order in which to prefetch them."""
+    def order(self, space: DataSpace, batches: list[list[int]]) -> AsyncGenerator[list[int], None]:
+        """Yield batches of chunks in the order in which to prefetch them, each chosen when it is asked for and can be had."""
 
     def guard(self) -> AbstractAsyncContextManager[None]:
         """Hold while a registry is read: bounds how many do so at once when nobody coordinates them."""

@@ -2,12 +2,13 @@
 
 Decided here: who is introduced to whom, who may fetch what from the registry, when a lease ends. Rules that the tests hold: a group has
 at most one live lease; a group that somebody asked for and nobody has is leased, or as many leases are out as may be; a group that is
-held is
-never leased unless the asker has complained of all its holders. Cost: an event looks at the groups it names and at most SAMPLE peers.
+held is never leased unless the asker has complained of all its holders. Cost: an event looks at the groups it names and at most SAMPLE
+peers, a tick at what is due; neither grows with the peers of a task.
 """
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Callable
 from typing import Final
@@ -54,9 +55,12 @@ SILENT_S: Final = 20.0
 PEER_LEASES: Final = 2
 """Leases of a task that one peer holds at once, unless a reader waits; a seed holds twice as many."""
 FEWEST_LEASES: Final = 8
-"""Leases of a task out at once: at least this many, at most MOST_LEASES, else as many as it has peers. Few enough that the beginning of a
-file is not held up by its end, many enough that the registry is always busy."""
+"""Leases of a task out at once: at least this many, at most MOST_LEASES, and between them PACE times as many as have been finished in the
+last second or so. Few enough that what is fetched is soon whole and can be passed on (a registry divides its rate among all of them), many
+enough that the registry is always busy."""
 MOST_LEASES: Final = 64
+PACE: Final = 1.5
+"""More than 1, so that the number grows until the registry gives no more."""
 TASKS_PER_PEER: Final = 4096
 """Data spaces that one peer takes part in at most: 16 TiB of images."""
 GROUPS_PER_PEER: Final = 8 << 20
@@ -65,6 +69,18 @@ SAMPLE: Final = 32
 """Peers looked at to find neighbours."""
 NEW_NEIGHBOURS: Final = 8
 """Neighbours that a newcomer is introduced to: half of them the best of a sample, half at random."""
+CROWDED: Final = 24
+"""Neighbours in a task from which on a peer gets more only if it has asked PATIENCE times in vain, or a reader waits: the mesh brings a
+group that is being fetched to everybody, and the first holder has better things to do than to serve them all."""
+PATIENCE: Final = 3
+LATER_S: Final = 0.25
+"""How long who is told to come later, or to wait for nobody in particular, is told to wait at least."""
+ASKS_PER_S: Final = 1000
+"""Questions per second of one task that are let come again: who must wait in a crowd of thousands is told to wait longer. What neighbours
+announce ends the wait earlier."""
+MOST_LATER_S: Final = 10.0
+AVOID_S: Final = 60.0
+"""How long who complained of a peer that stalled, or could not be reached, is not pointed at it."""
 BAN_S: Final = 600.0
 """How long a peer that two others accuse of wrong bytes is handed to nobody."""
 _FAILURE_HALF_LIFE_S: Final = 120.0
@@ -80,6 +96,10 @@ class Engine:
         self.preheats: dict[int, PreheatState] = {}
         self._next_preheat = 1
         self._seeds: set[str] = set()
+        self._seen: dict[str, None] = {}
+        """Peers, the one that has been silent longest first."""
+        self._due: list[tuple[float, bytes, int]] = []
+        """Heap of (time, task, group): leases to be looked at then."""
         self._accused: set[str] = set()
         self._handlers: dict[type, Callable[[str, FromPeer, float], Out]] = {
             Join: self._join,
@@ -99,6 +119,7 @@ class Engine:
         self.disconnect(hello.id, now)
         contact = Contact(hello.id, hello.address or host, hello.port, hello.kind)
         self.peers[hello.id] = PeerState(contact, Place(hello.zone, hello.rack), now)
+        self._seen[hello.id] = None
         if hello.kind is Kind.SEED:
             self._seeds.add(hello.id)
         return []
@@ -108,6 +129,7 @@ class Engine:
         state = self.peers.pop(peer, None)
         if state is None:
             return []
+        self._seen.pop(peer, None)
         self._seeds.discard(peer)
         self._accused.discard(peer)
         for task in list(state.tasks):
@@ -129,23 +151,35 @@ class Engine:
         if state is None or handler is None:
             return []
         state.last_seen = now
+        del self._seen[peer]
+        self._seen[peer] = None
         return handler(peer, event, now)
 
     def tick(self, now: float) -> tuple[Out, list[str]]:
         """Let time pass: return messages, and the peers that have been silent too long, whose connections the caller ends."""
+        late: dict[tuple[bytes, str], list[int]] = {}
+        while self._due and self._due[0][0] <= now:
+            _, task, group = heapq.heappop(self._due)
+            state = self.tasks.get(task)
+            lease = state.leases.get(group) if state is not None else None
+            if state is None or lease is None:
+                continue
+            if lease.expires > now:
+                heapq.heappush(self._due, (lease.expires, task, group))
+                continue
+            state.end_lease(group)
+            late.setdefault((task, lease.peer), []).append(group)
         out: Out = []
-        for state in self.tasks.values():
-            late: dict[str, list[int]] = {}
-            for group, lease in state.leases.items():
-                if lease.expires <= now:
-                    late.setdefault(lease.peer, []).append(group)
-            for peer, groups in late.items():
-                for group in groups:
-                    state.end_lease(group)
-                state.members[peer].rests_until = now + REST_S
-                self._note_failure(peer, now)
-                out.append((peer, Revoke(state.task, groups)))
-        return out, [peer for peer, state in self.peers.items() if now - state.last_seen > SILENT_S]
+        for (task, peer), groups in late.items():
+            self.tasks[task].members[peer].rests_until = now + REST_S
+            self._note_failure(peer, now)
+            out.append((peer, Revoke(task, groups)))
+        silent = []
+        for peer in self._seen:
+            if now - self.peers[peer].last_seen <= SILENT_S:
+                break
+            silent.append(peer)
+        return out, silent
 
     # ---- taking part ---------------------------------------------------------------------------------------------
 
@@ -161,7 +195,9 @@ class Engine:
         if state.groups != event.groups:
             return []  # a task's size follows from its id: who says otherwise is wrong, or lies
         state.image = state.image or event.image
-        state.add(peer, event.have)
+        if peer in state.members:
+            self._unlink(state, peer)
+        state.add(peer, event.have, is_seed=mine.is_seed)
         mine.tasks.add(event.task)
         mine.groups += event.groups if is_new else 0
         return self._introduce(state, peer, now) + self._wake_seeds(state, peer)
@@ -186,9 +222,7 @@ class Engine:
         state = self.tasks.get(task)
         if state is None or peer not in state.members:
             return
-        for other in state.members[peer].neighbours:
-            if other in self.peers:
-                self.peers[other].degree -= 1
+        self._unlink(state, peer)
         state.remove(peer)
         if not state.members:
             del self.tasks[task]
@@ -200,7 +234,10 @@ class Engine:
         others = [
             other
             for other in self._sample(state)
-            if other != peer and other not in member.neighbours and not self._is_banned(other, now)
+            if other != peer
+            and other not in member.neighbours
+            and not member.avoids(other, now)
+            and not self._is_banned(other, now)
         ]
         wanted = NEW_NEIGHBOURS - len(member.neighbours)
         if wanted <= 0 or not others:
@@ -217,11 +254,8 @@ class Engine:
         return out
 
     def _sample(self, state: TaskState) -> list[str]:
-        if len(state.members) <= SAMPLE:
-            return list(state.members)
-        # Of a dict, a sample costs its length: take some of the newest and of all.
-        names = list(state.members)
-        return list(dict.fromkeys(names[-SAMPLE // 4 :] + self._rng.choices(names, k=SAMPLE)))
+        # Of the newest, too: they have few neighbours.
+        return list(dict.fromkeys([*state.names.newest(SAMPLE // 4), *state.names.draw(self._rng, SAMPLE)]))
 
     def _connect_pair(self, state: TaskState, one: str, other: str) -> None:
         if other not in state.members[one].neighbours:
@@ -229,6 +263,18 @@ class Engine:
             state.members[other].neighbours.add(one)
             self.peers[one].degree += 1
             self.peers[other].degree += 1
+
+    def _unlink(self, state: TaskState, peer: str) -> None:
+        for other in list(state.members[peer].neighbours):
+            self._part_pair(state, peer, other)
+
+    def _part_pair(self, state: TaskState, one: str, other: str) -> None:
+        if other in state.members[one].neighbours:
+            for mine, theirs in ((one, other), (other, one)):
+                if mine in state.members:
+                    state.members[mine].neighbours.discard(theirs)
+                if mine in self.peers:
+                    self.peers[mine].degree -= 1
 
     def _score(self, me: PeerState, other: str, now: float) -> float:
         peer = self.peers[other]
@@ -242,14 +288,10 @@ class Engine:
         if state is None or peer not in state.members:
             return [(peer, Answer(event.number, []))]
         out: Out = []
-        rulings = [
-            self._rule(state, peer, group, now, urgent=event.urgent, out=out)
-            for group in event.groups
-            if group < state.groups
-        ]
+        rulings = [self._rule(state, peer, group, now, event, out) for group in event.groups if group < state.groups]
         return [(peer, Answer(event.number, rulings)), *out]
 
-    def _rule(self, state: TaskState, peer: str, group: int, now: float, *, urgent: bool, out: Out) -> Ruling:
+    def _rule(self, state: TaskState, peer: str, group: int, now: float, ask: Ask, out: Out) -> Ruling:
         member = state.members[peer]
         lease = state.leases.get(group)
         if lease is not None and lease.expires <= now:
@@ -260,22 +302,36 @@ class Engine:
         if lease is not None and lease.peer == peer:
             lease.expires = now + LEASE_S
             return Ruling(group, Verdict.LEASE)
-        holder = state.find_holder(group, member.blocked | {peer} | self.banned(now))
-        if holder is not None:
-            return self._point(state, peer, group, holder, Verdict.HELD, out)
-        if lease is not None and lease.peer not in member.blocked:
-            return self._point(state, peer, group, lease.peer, Verdict.WAIT, out)
+        holders = state.find_holders(
+            group,
+            lambda other: other != peer and not member.avoids(other, now) and not self._is_banned(other, now),
+            self._rng,
+        )
+        if holders:
+            return self._point(state, peer, group, holders, Verdict.HELD, ask, out)
+        if lease is not None and not member.avoids(lease.peer, now):
+            return self._point(state, peer, group, [lease.peer], Verdict.WAIT, ask, out)
         if lease is not None:
-            return Ruling(group, Verdict.LATER)
+            return self._later(state, group)
         seed = self._seed_for(state, peer, member, now)
         if seed is not None:
-            state.start_lease(seed, group, now + LEASE_S)
+            self._lease(state, seed, group, now)
             out.append((seed, Order(state.task, group, state.image)))
-            return self._point(state, peer, group, seed, Verdict.WAIT, out)
-        if not self._may_lease(state, peer, member, now, urgent=urgent):
-            return Ruling(group, Verdict.LATER)
-        state.start_lease(peer, group, now + LEASE_S)
+            return self._point(state, peer, group, [seed], Verdict.WAIT, ask, out)
+        if not self._may_lease(state, peer, member, now, urgent=ask.urgent):
+            return self._later(state, group)
+        self._lease(state, peer, group, now)
         return Ruling(group, Verdict.LEASE)
+
+    def _lease(self, state: TaskState, peer: str, group: int, now: float) -> None:
+        state.start_lease(peer, group, now + LEASE_S)
+        heapq.heappush(self._due, (now + LEASE_S, state.task, group))
+
+    def _later(self, state: TaskState, group: int) -> Ruling:
+        return Ruling(group, Verdict.LATER, None, self._patience(state))
+
+    def _patience(self, state: TaskState) -> float:
+        return min(MOST_LATER_S, max(LATER_S, len(state.members) / ASKS_PER_S))
 
     def _may_lease(self, state: TaskState, peer: str, member: Member, now: float, *, urgent: bool) -> bool:
         if member.rests_until > now and len(state.members) > 1:
@@ -283,7 +339,7 @@ class Engine:
         most = PEER_LEASES * (2 if self.peers[peer].is_seed else 1)
         if urgent:
             return len(member.leases) < 4 * most
-        out = min(MOST_LEASES, max(FEWEST_LEASES, len(state.members)))
+        out = min(MOST_LEASES, max(FEWEST_LEASES, PACE * state.pace_at(now)))
         return len(member.leases) < most and len(state.leases) < out
 
     def _seed_for(self, state: TaskState, peer: str, member: Member, now: float) -> str | None:
@@ -291,17 +347,24 @@ class Engine:
         if self.peers[peer].is_seed:
             return None
         best, least = None, 2 * PEER_LEASES
-        for other in sorted(self._seeds):
-            seed = state.members.get(other)
-            if seed is None or other in member.blocked or seed.rests_until > now:
+        for other in state.seeds:
+            seed = state.members[other]
+            if member.avoids(other, now) or seed.rests_until > now:
                 continue
             if len(seed.leases) < least:
                 best, least = other, len(seed.leases)
         return best
 
-    def _point(self, state: TaskState, peer: str, group: int, other: str, verdict: Verdict, out: Out) -> Ruling:
-        """Rule that another peer has or gets a group; the two become neighbours."""
-        if other not in state.members[peer].neighbours:
+    def _point(
+        self, state: TaskState, peer: str, group: int, others: list[str], verdict: Verdict, ask: Ask, out: Out
+    ) -> Ruling:
+        """Rule that others have or get a group; one of them and the asker become neighbours, unless the mesh will bring it."""
+        met = state.members[peer].neighbours
+        other = min(others, key=lambda name: (len(state.members[name].neighbours), self._rng.random()))
+        if other not in met:
+            crowded = max(len(met), len(state.members[other].neighbours)) >= CROWDED
+            if crowded and not ask.urgent and ask.again < PATIENCE:
+                return Ruling(group, Verdict.WAIT, None, self._patience(state))
             self._connect_pair(state, peer, other)
             out.append((other, Neighbours(state.task, [self.peers[peer].contact])))
         return Ruling(group, verdict, self.peers[other].contact)
@@ -319,6 +382,8 @@ class Engine:
                 if lease is not None:
                     # Whoever brought it: nobody needs to fetch it from the registry any more.
                     state.end_lease(group)
+                    state.pace = state.pace_at(now) + 1
+                    state.paced_at = now
                     if lease.peer != peer:
                         out.append((lease.peer, Revoke(state.task, [group])))
         return out
@@ -355,7 +420,8 @@ class Engine:
         state = self.tasks.get(event.task)
         if state is None or peer not in state.members or event.peer == peer:
             return []
-        state.members[peer].blocked.add(event.peer)
+        state.members[peer].blocked[event.peer] = now + (BAN_S if event.what is Complaint.CORRUPT else AVOID_S)
+        self._part_pair(state, peer, event.peer)
         accused = self.peers.get(event.peer)
         if accused is None:
             return []
@@ -366,8 +432,10 @@ class Engine:
         return self._introduce(state, peer, now)
 
     def _is_banned(self, peer: str, now: float) -> bool:
+        if peer not in self._accused:
+            return False
         accused = self.peers[peer].accused_by
-        return bool(accused) and sum(now - when < BAN_S for when in accused.values()) >= 2
+        return sum(now - when < BAN_S for when in accused.values()) >= 2
 
     def banned(self, now: float) -> set[str]:
         """Return the peers that are handed to nobody."""

@@ -1,18 +1,73 @@
 """What a scheduler knows: peers, tasks, who has which group, who has which lease. Plain data and the small steps on it; decisions are in
 engine.py.
 
-Memory: per task and group 9 bytes, per peer and task one bit per group, 100 bytes per live lease.
+Memory: per task and group 4 bytes and up to KNOWN names of holders (100 to 200 bytes), per peer and task one bit per group and about 1.5 KB
+for its place among the others, 200 bytes per live lease. Cost: nothing here looks at all peers of a task, but for a group whose last KNOWN
+holders are gone while others have it; what concerns all groups of a peer (it comes, it goes) is done on whole bitmaps.
 """
 
 from __future__ import annotations
 
+import math
+import random
 from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
-from p2p.protocol.groups import unpack_bits
+import numpy as np
+
 from p2p.protocol.messages import Contact, Kind
 
 from .weights import Place
+
+KNOWN: Final = 8
+"""Holders of a group that are remembered by name: enough to choose the least busy one."""
+_PROBES: Final = 32
+"""Members asked at random for a group whose known holders are gone, before all are looked at."""
+
+
+class Crowd:
+    """A set of names of which some can be drawn at random, at a cost that does not grow with it."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._position: dict[str, int] = {}
+
+    def add(self, name: str) -> None:
+        """Take a name in."""
+        if name not in self._position:
+            self._position[name] = len(self._names)
+            self._names.append(name)
+
+    def discard(self, name: str) -> None:
+        """Take a name out; the last one takes its place."""
+        position = self._position.pop(name, None)
+        if position is not None:
+            last = self._names.pop()
+            if last != name:
+                self._names[position] = last
+                self._position[last] = position
+
+    def draw(self, rng: random.Random, count: int) -> list[str]:
+        """Return up to `count` different names, all of them if there are no more."""
+        size = len(self._names)
+        if size <= count:
+            return list(self._names)
+        return list({self._names[int(rng.random() * size)]: None for _ in range(count)})
+
+    def newest(self, count: int) -> list[str]:
+        """Return names that were taken in late, unless others have gone since."""
+        return self._names[-count:]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._position
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(slots=True)
@@ -28,14 +83,22 @@ class Member:
     """A peer in a task."""
 
     have: bytearray
-    """One byte per group: 1 is complete."""
+    """A bit per group, the lowest of each byte first: 1 is complete."""
     count: int = 0
     neighbours: set[str] = field(default_factory=set)
-    blocked: set[str] = field(default_factory=set)
-    """Peers that it has complained of."""
+    blocked: dict[str, float] = field(default_factory=dict)
+    """Peers that it has complained of, and until when it is not pointed at them."""
     rests_until: float = 0.0
     """No lease before this time: it has just given one back."""
     leases: set[int] = field(default_factory=set)
+
+    def avoids(self, peer: str, now: float) -> bool:
+        """Tell whether it has complained of a peer lately."""
+        return peer in self.blocked and self.blocked[peer] > now
+
+    def has(self, group: int) -> bool:
+        """Tell whether a group is complete there."""
+        return bool(self.have[group >> 3] >> (group & 7) & 1)
 
 
 class TaskState:
@@ -46,30 +109,64 @@ class TaskState:
         self.groups = groups
         self.image = image
         self.members: dict[str, Member] = {}
+        self.names = Crowd()
+        self.seeds = Crowd()
+        self.complete = Crowd()
+        """Members that have all groups; they are not among the holders that are known by group."""
         self.copies = array("I", bytes(4 * groups))
-        self.holder: dict[int, str] = {}
-        """Of each group, who announced it last."""
+        self._counts = np.frombuffer(self.copies, dtype=np.uint32)
+        self._known: dict[int, list[str]] = {}
+        """Of groups, members that have had them, the last that announced them at the end."""
         self.leases: dict[int, Lease] = {}
+        self.pace = 0.0
+        self.paced_at = 0.0
         self.ordered = False
         """Whether seeds have been told of it."""
 
-    def add(self, peer: str, have: bytes) -> Member:
+    def add(self, peer: str, have: bytes, *, is_seed: bool = False) -> Member:
         """Take a peer in, or again, with what it has."""
         self.remove(peer)
-        member = self.members[peer] = Member(bytearray(self.groups))
-        for group in unpack_bits(have, self.groups):
-            self.mark(peer, group)
+        width = (self.groups + 7) // 8
+        bitmap = bytearray(have[:width].ljust(width, b"\0"))
+        if self.groups & 7:
+            bitmap[-1] &= (1 << (self.groups & 7)) - 1
+        member = self.members[peer] = Member(bitmap)
+        bits = self._bits(member)
+        self._counts += bits
+        member.count = int(bits.sum())
+        self.names.add(peer)
+        if is_seed:
+            self.seeds.add(peer)
+        if member.count == self.groups:
+            self.complete.add(peer)
+        else:
+            for group in np.nonzero(bits & (self._counts <= KNOWN))[0].tolist():
+                self._note_holder(group, peer)
         return member
 
     def mark(self, peer: str, group: int) -> bool:
         """Note that a peer has a group; return whether that is new."""
         member = self.members[peer]
-        if member.have[group]:
+        if member.has(group):
             return False
-        member.have[group] = 1
+        member.have[group >> 3] |= 1 << (group & 7)
         member.count += 1
         self.copies[group] += 1
-        self.holder[group] = peer
+        if member.count == self.groups:
+            self.complete.add(peer)
+        self._note_holder(group, peer)
+        return True
+
+    def unmark(self, peer: str, group: int) -> bool:
+        """Note that a peer no longer has a group; return whether it had it."""
+        member = self.members[peer]
+        if not member.has(group):
+            return False
+        if member.count == self.groups:
+            self.complete.discard(peer)
+        member.have[group >> 3] &= ~(1 << (group & 7))
+        member.count -= 1
+        self.copies[group] -= 1
         return True
 
     def remove(self, peer: str) -> None:
@@ -79,14 +176,17 @@ class TaskState:
             return
         for group in list(member.leases):
             self.end_lease(group)
-        position = -1
-        while (position := member.have.find(1, position + 1)) >= 0:
-            self.copies[position] -= 1
-            if self.holder.get(position) == peer:
-                del self.holder[position]
+        if member.count:
+            self._counts -= self._bits(member)
+        for crowd in (self.names, self.seeds, self.complete):
+            crowd.discard(peer)
         for other in member.neighbours:
             if other in self.members:
                 self.members[other].neighbours.discard(peer)
+
+    def pace_at(self, now: float) -> float:
+        """Return how many leases have been finished lately: those of the last second count most."""
+        return self.pace * math.exp(self.paced_at - now)
 
     def start_lease(self, peer: str, group: int, expires: float) -> None:
         """Give a group, which must have no live lease, to a member."""
@@ -104,18 +204,34 @@ class TaskState:
             member.leases.discard(group)
         return lease.peer
 
-    def find_holder(self, group: int, but: set[str]) -> str | None:
-        """Return a member that has a group and is not in `but`."""
+    def find_holders(self, group: int, may: Callable[[str], bool], rng: random.Random) -> list[str]:
+        """Return some members that have a group and that `may` allows; none only if there is none."""
         if not self.copies[group]:
-            return None
-        last = self.holder.get(group)
-        if last is not None and last not in but:
-            return last
-        for peer, member in self.members.items():
-            if member.have[group] and peer not in but:
-                self.holder[group] = peer
-                return peer
-        return None
+            return []
+        known = [peer for peer in self._known.get(group, ()) if self._has(peer, group)]
+        found = [peer for peer in (*known, *self.complete.draw(rng, 2)) if may(peer)]
+        if found:
+            return list(dict.fromkeys(found))
+        for names in (self.names.draw(rng, _PROBES), self.names):
+            found = [peer for peer in names if self._has(peer, group) and may(peer)]
+            if found:
+                self._known[group] = found[-KNOWN:]
+                return found[-KNOWN:]
+        return []
+
+    def _has(self, peer: str, group: int) -> bool:
+        member = self.members.get(peer)
+        return member is not None and member.has(group)
+
+    def _note_holder(self, group: int, peer: str) -> None:
+        known = self._known.setdefault(group, [])
+        known.append(peer)
+        if len(known) > KNOWN:
+            del known[0]
+
+    def _bits(self, member: Member) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        bits = np.unpackbits(np.frombuffer(member.have, dtype=np.uint8), bitorder="little")
+        return bits[: self.groups]
 
 
 @dataclass(slots=True)

@@ -16,17 +16,25 @@ from typing import Final
 
 from ..protocol.messages import Contact, Ruling, Verdict
 from ..selection import Run, assign
-from .effects import Effects, FillGroup, ShowPending
+from .effects import Effects
 from .task import PeerTask
 
 WAIT_S: Final = 2.0
 """How long to wait for what somebody else fetches before asking again."""
 LATER_S: Final = 0.25
 """How long to wait when enough leases are out."""
+MOST_AFTER_S: Final = 30.0
+"""A scheduler cannot make a chunk wait longer than this."""
+PATIENT: Final = 4
+"""While so many chunks of a task wait, nobody asks about more of them for a prefetch that has not waited before: in a crowd, what all lack
+is on its way to all."""
 BRIEF_S: Final = 0.2
-"""A holder that rests for less than this is waited for without asking the scheduler."""
+"""A holder that rests for less than this is waited for without asking the scheduler, and however long it rests if the scheduler has been
+asked within WAIT_S."""
 ROUNDS: Final = 3
 """Attempts to get chunks from neighbours in one errand; a chunk that none of them gave waits."""
+
+_NEVER: Final = (0, -1e9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,8 @@ class Inquire:
     """Ask the scheduler of the task about these groups."""
 
     groups: list[int]
+    again: int = 0
+    """How often one of them has been asked about in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +84,9 @@ class Errand:
     """The decisions about one request."""
 
     def __init__(
-        self, task: PeerTask, chunks: list[int], rng: random.Random, counters: Counter[str], meet: Meet
+        self, task: PeerTask, chunks: list[int], rng: random.Random, counters: Counter[str], meet: Meet, *, urgent: bool
     ) -> None:
+        self._urgent = urgent
         self._task = task
         self._chunks = chunks
         self._rng = rng
@@ -88,7 +99,8 @@ class Errand:
         """Say step after step; return the outcome."""
         task, content = self._task, self._task.content
         for attempt in range(ROUNDS):
-            runs, _ = assign(self._missing(), task.offers(now), content.length, self._rng)
+            wanted = self._missing()
+            runs, _ = assign(wanted, task.offers(wanted, now), content.length, self._rng)
             if runs:
                 now = (yield Take(runs)).now
             missing = self._missing()
@@ -113,7 +125,14 @@ class Errand:
         unknown = self._without_asking(missing, now)
         if not unknown:
             return now
-        reply = yield Inquire(sorted(unknown))
+        asked = self._task.asked
+        again = 0
+        for chunk in (chunk for chunks in unknown.values() for chunk in chunks):
+            tries = asked.get(chunk, _NEVER)[0]
+            again = max(again, tries)
+            asked[chunk] = (tries + 1, now)
+        self._counters["inquiries"] += 1
+        reply = yield Inquire(sorted(unknown), again)
         if reply.rulings is None:
             self._counters["unruled"] += 1
             self._ours += [chunk for chunks in unknown.values() for chunk in chunks]
@@ -134,10 +153,12 @@ class Errand:
             again = task.rest_of_holders(chunk)
             if group in task.leases:
                 self._ours.append(chunk)
-            elif again is not None and again - now < BRIEF_S:
-                self._until[chunk] = again
+            elif again is not None and (again - now < BRIEF_S or now - task.asked.get(chunk, _NEVER)[1] < WAIT_S):
+                self._until[chunk] = min(again, now + WAIT_S)
             elif group in pending and chunk not in task.waiting:
                 self._until[chunk] = now + WAIT_S
+            elif not self._urgent and chunk not in task.waiting and len(task.waiting) >= PATIENT:
+                self._until[chunk] = now + WAIT_S * (0.5 + self._rng.random())
             else:
                 unknown.setdefault(group, []).append(chunk)
         return unknown
@@ -145,29 +166,26 @@ class Errand:
     def _apply(self, rulings: list[Ruling], unknown: dict[int, list[int]], now: float) -> Effects:
         task = self._task
         effects: Effects = []
-        granted = False
         for ruling in rulings:
             chunks = unknown.pop(ruling.group, [])
             if ruling.verdict is Verdict.LEASE:
-                if ruling.group >= task.content.groups:
-                    continue
-                task.leases[ruling.group] = now
-                granted = True
-                self._ours += chunks
-                rest = task.content.missing(task.content.chunks_of(ruling.group))
-                effects.append(FillGroup(task.task, [chunk for chunk in rest if chunk not in chunks]))
+                if ruling.group in task.leases:
+                    self._ours += chunks
+                else:  # revoked since
+                    self._until.update(dict.fromkeys(chunks, now))
                 continue
             if ruling.peer is not None:
                 effects += self._meet(task, ruling.peer)
-            later = LATER_S * (0.5 + self._rng.random())
+            usual = LATER_S if ruling.verdict is Verdict.LATER else WAIT_S
+            after = min(MOST_AFTER_S, ruling.after_s) if ruling.after_s > 0 else usual
+            if ruling.peer is None:
+                after *= 0.5 + self._rng.random()
             for chunk in chunks:
                 again = task.rest_of_holders(chunk)
-                self._until[chunk] = now + (later if ruling.verdict is Verdict.LATER else WAIT_S)
+                self._until[chunk] = now + after
                 if again is not None:  # its holder only rests: nothing will be announced that is not known
                     self._until[chunk] = min(self._until[chunk], again)
         for chunks in unknown.values():  # not ruled upon: the scheduler does not know us yet
             for chunk in chunks:
                 self._until[chunk] = now + LATER_S
-        if granted:
-            effects.append(ShowPending(task.task, list(task.leases)))
         return effects

@@ -27,10 +27,12 @@ from ..protocol.messages import (
     Progress,
     Report,
     Revoke,
+    Ruling,
+    Verdict,
 )
-from ..selection import rarest_first
 from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
 from .errand import Errand
+from .prefetch import Prefetch
 from .task import Content, NeighbourView, PeerTask, Standing
 
 NEWS_S: Final = 0.5
@@ -38,8 +40,16 @@ NEWS_S: Final = 0.5
 RENEW_S: Final = 3.0
 REST_S: Final = 1.0
 """A neighbour that stalled is not asked for this long, if others have the chunk."""
+FAULTS: Final = 2
+"""After so many faults in a row the scheduler is told."""
+ABSENT_S: Final = 0.05
+"""A neighbour that lacked what it had announced is not asked for this long."""
+MOST_FAULTS: Final = 6
+"""The rest doubles with every fault in a row so many times, so that two who never deliver cannot take turns."""
 BUSY_S: Final = (0.05, 0.15)
-"""A neighbour whose slots are all busy is asked again after so long, at random."""
+"""A neighbour whose slots are all busy is asked again after so long, at random, and twice as long each time in a row: how long a slot is
+taken depends on its link."""
+MOST_DOUBLINGS: Final = 4
 _ASKED_BEFORE_S: Final = 3600.0
 """A chunk that has waited once stays in `waiting` with a time this far away: the next time the scheduler is asked."""
 
@@ -78,9 +88,30 @@ class PeerCore:
         have = pack_bits(task.finished, task.content.groups)
         return [Send(task.task, Join(task.task, task.content.groups, task.image, have))]
 
-    def errand(self, task: PeerTask, chunks: list[int]) -> Errand:
-        """Return the decisions about a request for chunks, ascending."""
-        return Errand(task, chunks, self.rng, self.counters, self.meet)
+    def errand(self, task: PeerTask, chunks: list[int], *, urgent: bool) -> Errand:
+        """Return the decisions about a request for chunks, ascending. `urgent`: a reader waits."""
+        return Errand(task, chunks, self.rng, self.counters, self.meet, urgent=urgent)
+
+    def answered(self, task_id: bytes, rulings: list[Ruling], now: float) -> Effects:
+        """Take the leases out of an answer, at the moment at which it comes: a revocation may be right behind it, and whoever asked may
+        have given up waiting.
+        """
+        task = self.tasks.get(task_id)
+        if task is None:
+            return []
+        effects: Effects = []
+        for ruling in rulings:
+            if ruling.verdict is Verdict.LEASE and ruling.group < task.content.groups:
+                missing = task.content.missing(task.content.chunks_of(ruling.group))
+                if missing:
+                    task.leases[ruling.group] = now
+                    effects.append(FillGroup(task_id, missing))
+                else:
+                    task.news.append(ruling.group)
+                    effects += self._tell_news(task)
+        if effects:
+            effects.append(ShowPending(task_id, list(task.leases)))
+        return effects
 
     def landed(self, task_id: bytes, chunk: int, now: float) -> Effects:
         """A chunk is here, from wherever."""
@@ -88,6 +119,9 @@ class PeerCore:
         if task is None:
             return []
         task.waiting.pop(chunk, None)
+        task.asked.pop(chunk, None)
+        for plan in task.plans:
+            plan.landed(chunk)
         group = task.content.group(chunk)
         if group in task.leases:
             task.leases[group] = now
@@ -111,11 +145,9 @@ class PeerCore:
             return []
         return [Send(task_id, Failed(task_id, groups, cause[:400])), ShowPending(task_id, list(task.leases))]
 
-    def order(self, task: PeerTask, batches: list[list[int]], now: float) -> list[list[int]]:
-        """Return batches of chunks in the order in which to prefetch them: what is rare among neighbours first."""
-        maps = [n.have for n in task.willing(now)]
-        ranked = rarest_first(range(len(batches)), lambda n: sum(have[batches[n][0]] for have in maps), self.rng)
-        return [batches[n] for n in ranked]
+    def prefetch(self, task: PeerTask, batches: list[list[int]]) -> Prefetch:
+        """Return the choice among batches of chunks that are to be prefetched; to be closed by whoever chooses."""
+        return Prefetch(task, batches, self.rng)
 
     # ---- neighbours ----------------------------------------------------------------------------------------------
 
@@ -135,10 +167,12 @@ class PeerCore:
         """A neighbour is not listened to any more; `unreachable`: it was wanted."""
         if task.neighbours.get(view.id) is view:
             del task.neighbours[view.id]
+            task.count((chunk for chunk in range(len(view.have)) if view.have[chunk]), -1)
         return self._report(task, view, Complaint.UNREACHABLE) if unreachable else []
 
     def heard(self, task: PeerTask, fresh: list[int]) -> Effects:
         """A neighbour has more: what waits for it goes on."""
+        task.count(fresh, 1)
         effects: Effects = []
         for chunk in fresh:
             if chunk in task.waiting:
@@ -160,17 +194,29 @@ class PeerCore:
     def was_busy(self, view: NeighbourView, now: float) -> None:
         """A neighbour has no slot free."""
         self.counters["busy"] += 1
-        view.standing.rests_until = now + self.rng.uniform(*BUSY_S)
+        standing = view.standing
+        standing.rests_until = now + self.rng.uniform(*BUSY_S) * (1 << min(standing.refusals, MOST_DOUBLINGS))
+        standing.refusals += 1
 
-    def was_absent(self, view: NeighbourView, chunk: int) -> None:
+    def was_absent(self, task: PeerTask, view: NeighbourView, chunk: int, now: float) -> Effects:
         """A neighbour does not have a chunk, whatever its map says."""
         self.counters["absent"] += 1
-        view.have[chunk] = 0
+        if view.have[chunk]:
+            view.have[chunk] = 0
+            task.count((chunk,), -1)
+        return self._note_fault(task, view, now, ABSENT_S)
 
-    def was_stalled(self, view: NeighbourView, now: float) -> None:
+    def was_stalled(self, task: PeerTask, view: NeighbourView, now: float) -> Effects:
         """A neighbour did not deliver."""
         self.counters["stalled"] += 1
-        view.standing.rests_until = now + REST_S
+        return self._note_fault(task, view, now, REST_S)
+
+    def _note_fault(self, task: PeerTask, view: NeighbourView, now: float, rest_s: float) -> Effects:
+        """Count what a neighbour failed to give; the scheduler, which would point at it for ever, is told when that repeats."""
+        standing = view.standing
+        standing.rests_until = now + rest_s * (1 << min(standing.faults, MOST_FAULTS))
+        standing.faults += 1
+        return self._report(task, view, Complaint.STALLED) if standing.faults >= FAULTS else []
 
     def _report(self, task: PeerTask, view: NeighbourView, what: Complaint) -> Effects:
         return [Send(task.task, Report(task.task, view.id, what))]

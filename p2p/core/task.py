@@ -1,18 +1,23 @@
 """A task as a peer sees it: what is here, what neighbours have, what is leased, what waits. Plain data and the small questions to it;
 decisions are in peer.py and errand.py.
 
-Memory: one byte per chunk and neighbour, about 100 bytes per chunk that waits and per live lease.
+Memory: one byte per chunk and neighbour, one or two per chunk, about 100 bytes per chunk that waits and per live lease.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..protocol.messages import Contact
 from ..selection import FIRST_RATE, Offer
 
+if TYPE_CHECKING:
+    from .prefetch import Prefetch
+
+MOST_COPIES: Final = 254
+"""Copies of a chunk among neighbours are counted up to here."""
 _WEIGHT: Final = 0.3
 """Of the newest transfer in the rate that a peer is believed to give."""
 
@@ -57,10 +62,16 @@ class Standing:
     bytes_got: int = 0
     banned: bool = False
     rests_until: float = 0.0
+    faults: int = 0
+    """How often in a row it stalled, or lacked what it had announced."""
+    refusals: int = 0
+    """How often in a row it had no slot free."""
 
     def note(self, size: int, seconds: float) -> None:
         """Note a transfer."""
         self.bytes_got += size
+        self.faults = 0
+        self.refusals = 0
         self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
 
 
@@ -100,6 +111,23 @@ class PeerTask:
     """Groups complete here and announced, or about to be."""
     news: list[int] = field(default_factory=list)
     """Of these, what the scheduler has not been told."""
+    asked: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Of chunks that the scheduler was asked about, how often and when last."""
+    copies: bytearray = field(init=False)
+    """Of each chunk, how many neighbours have it."""
+    plans: list[Prefetch] = field(default_factory=list)
+    """What is being prefetched."""
+
+    def __post_init__(self) -> None:
+        self.copies = bytearray(self.content.count)
+
+    def count(self, chunks: Iterable[int], step: int) -> None:
+        """Note that a neighbour has chunks (`step` 1), or has them no longer (-1)."""
+        copies = self.copies
+        for chunk in chunks:
+            copies[chunk] = min(MOST_COPIES, max(0, copies[chunk] + step))
+            for plan in self.plans:
+                plan.changed(chunk)
 
     def is_complete(self, group: int) -> bool:
         """Tell whether all chunks of a group are here."""
@@ -108,14 +136,16 @@ class PeerTask:
     def willing(self, now: float) -> list[NeighbourView]:
         """Return the neighbours that may be asked for chunks."""
         return [
-            n
-            for n in self.neighbours.values()
-            if n.listening and not n.standing.banned and n.standing.rests_until <= now
+            n for n in self.neighbours.values() if n.listening and (s := n.standing).rests_until <= now and not s.banned
         ]
 
-    def offers(self, now: float) -> dict[str, Offer]:
-        """Return what selection needs to know of them."""
-        return {n.id: Offer(n.have, n.standing.under_way, n.standing.rate) for n in self.willing(now)}
+    def offers(self, chunks: list[int], now: float) -> dict[str, Offer]:
+        """Return what selection needs to know of the neighbours that may be asked and have any of these chunks."""
+        return {
+            n.standing.contact.id: Offer(n.have, n.standing.under_way, n.standing.rate)
+            for n in self.willing(now)
+            if any(map(n.have.__getitem__, chunks))
+        }
 
     def rest_of_holders(self, chunk: int) -> float | None:
         """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""

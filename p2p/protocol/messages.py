@@ -112,6 +112,8 @@ class Ask(msgspec.Struct, array_like=True, frozen=True, tag="ask"):
     task: Task
     groups: Groups
     urgent: bool = False
+    again: Count = 0
+    """How often one of them has been asked about, and waited for in vain."""
 
 
 class Ruling(msgspec.Struct, array_like=True, frozen=True):
@@ -120,6 +122,8 @@ class Ruling(msgspec.Struct, array_like=True, frozen=True):
     group: Group
     verdict: Verdict
     peer: Contact | None = None
+    after_s: float = 0.0
+    """Seconds to wait before asking again; 0: as the peer thinks right."""
 
 
 class Answer(msgspec.Struct, array_like=True, frozen=True, tag="answer"):

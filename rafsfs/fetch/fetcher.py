@@ -19,7 +19,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
@@ -52,6 +52,8 @@ SWARM_BATCH = 4 << 20
 """Bytes of a batch of prefetch with a swarm: the order of rarity is decided per batch."""
 PEERS_COUNTED = 128
 """Peers that a mount names in its figures; a node that restarts has a new address, and a swarm may have thousands."""
+SWARM_BATCHES = 16
+"""Batches of a space prefetched at once with a swarm: more than there are workers, since some of them wait for other nodes."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
@@ -192,9 +194,10 @@ class Fetcher:
             space = self._cache.opened_space(space_id)
             if space is None:
                 continue
-            batches = list(_batches(space, window // 2))
             if self._swarm is not None and self._swarm.is_active:
-                batches = self._swarm.order(space, list(_batches(space, SWARM_BATCH)))
+                await self._fill_from_swarm(self._swarm, space, on_behalf)
+                continue
+            batches = list(_batches(space, window // 2))
             async with trio.open_nursery() as nursery:
                 limiter = trio.Semaphore(2 if batches and len(batches[0]) > 8 else 8)
                 for batch in batches:
@@ -202,6 +205,18 @@ class Fetcher:
                         await self._room.make_room(sum(space.table.extent(index)[1] for index in batch))
                     await limiter.acquire()
                     nursery.start_soon(self._fill, space_id, batch, limiter, on_behalf)
+
+    async def _fill_from_swarm(self, swarm: Swarm, space: DataSpace, on_behalf: Counter[str] | None) -> None:
+        """Fill a space in the order that the swarm chooses; it chooses when there is room, not before."""
+        limiter = trio.Semaphore(SWARM_BATCHES)
+        batches = list(_batches(space, SWARM_BATCH))
+        async with trio.open_nursery() as nursery, aclosing(swarm.order(space, batches)) as order:
+            await limiter.acquire()
+            async for batch in order:
+                if self._room is not None:
+                    await self._room.make_room(sum(space.table.extent(index)[1] for index in batch))
+                nursery.start_soon(self._fill, space.space_id, batch, limiter, on_behalf)
+                await limiter.acquire()
 
     async def _fill(
         self, space_id: bytes, batch: list[int], limiter: trio.Semaphore, on_behalf: Counter[str] | None

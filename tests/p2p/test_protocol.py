@@ -24,7 +24,7 @@ from p2p.protocol.messages import (
     decode_from_scheduler,
     encode,
 )
-from p2p.selection import RUN_BYTES, Offer, assign, rarest_first
+from p2p.selection import RUN_BYTES, Offer, assign
 from rafsfs.errors import FormatError, UsageError
 from rafsfs.format.space_table import SpaceTable, pack_record
 
@@ -96,13 +96,6 @@ def test_selection_covers_each_chunk_once_by_somebody_who_has_it(
         assert all(offers[run.peer].have[chunk] for chunk in range(run.first, run.first + run.count))
         assert run.count == 1 or run.size <= RUN_BYTES
     assert all(not offer.have[chunk] for chunk in left for offer in offers.values())
-
-
-def test_what_is_rare_comes_first_and_what_nobody_has_last() -> None:
-    copies = [3, 0, 1, 2, 0]
-    order = rarest_first(range(5), lambda group: copies[group], random.Random(1))
-    assert order[:3] == [2, 3, 0]
-    assert set(order[3:]) == {1, 4}
 
 
 def test_groups() -> None:

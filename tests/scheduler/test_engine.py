@@ -99,7 +99,7 @@ class Cluster:
         assert set(held) == (set(state.leases) if state else set())
         for peer, have in self.have.items():
             assert state is not None
-            assert {g for g in range(GROUPS) if state.members[peer].have[g]} == have
+            assert {g for g in range(GROUPS) if state.members[peer].has(g)} == have
         if state:
             assert list(state.copies) == [sum(g in have for have in self.have.values()) for g in range(GROUPS)]
 

@@ -1,0 +1,110 @@
+"""In which order a task is prefetched: chosen batch by batch, at the moment at which there is room for one. Pure.
+
+Rules. First a neighbour is chosen, the one that would deliver soonest, then, of what it has, what the fewest neighbours have, equals at
+random: what is rare now would be what everybody waits for at the end; but if all took the rarest of all, they would queue at its one holder
+while others idle. Up to BLIND batches at a time are such as nobody near has, whatever else there is, so that the registry is never idle:
+near the beginning, because who reads from the beginning to the end waits least so, but not always the very first, because all peers would
+ask the scheduler for the same one. When there is nothing of either kind, nothing is chosen.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+from .task import NeighbourView, PeerTask
+
+BLIND: Final = 2
+"""As many as a peer gets leases for, unless a reader waits (scheduler PEER_LEASES)."""
+_TAKEN: Final = 255
+_AHEAD: Final = 4
+"""Batches per neighbour, this peer counted, among which one that nobody near has is chosen."""
+_NONE: Final = bytes([_TAKEN])
+_ABSENT: Final = bytes([_TAKEN]) + bytes(255)
+"""Turns a have-map into what hides the ranks of chunks that are not there."""
+
+
+class Prefetch:
+    """The batches of a task that are still to be prefetched. One byte per chunk; a choice looks at the map of one neighbour, in C."""
+
+    def __init__(self, task: PeerTask, batches: list[list[int]], rng: random.Random) -> None:
+        self._task = task
+        self._rng = rng
+        self._batches = {batch[0]: batch for batch in batches}
+        self._blind: set[int] = set()
+        self._rank = bytearray([_TAKEN]) * task.content.count
+        for first in self._batches:
+            self._rank[first] = task.copies[first]
+        self._near = sum(task.copies[first] > 0 for first in self._batches)
+        """Batches that some neighbour has."""
+        task.plans.append(self)
+
+    @property
+    def left(self) -> int:
+        """Batches not chosen yet."""
+        return len(self._batches)
+
+    def close(self) -> None:
+        """Choose no more."""
+        if self in self._task.plans:
+            self._task.plans.remove(self)
+
+    def changed(self, chunk: int) -> None:
+        """The number of copies of a chunk among neighbours has changed."""
+        self._blind.discard(chunk)
+        before = self._rank[chunk]
+        if before != _TAKEN:
+            after = self._rank[chunk] = self._task.copies[chunk]
+            self._near += (after > 0) - (before > 0)
+
+    def landed(self, chunk: int) -> None:
+        """A chunk is here."""
+        self._blind.discard(chunk)
+
+    def choose(self, now: float) -> list[int] | None:
+        """Take the next batch, None if there is nothing that could be had now."""
+        first = -1
+        if len(self._blind) < BLIND:
+            first = self._early()
+            if first >= 0:
+                self._blind.add(first)
+        if first < 0 and self._near:
+            first = self._rarest_of_soonest(now)
+        if first < 0:
+            return None
+        self._near -= self._rank[first] > 0
+        self._rank[first] = _TAKEN
+        return self._batches.pop(first)
+
+    def _rarest_of_soonest(self, now: float) -> int:
+        ranked = sorted(
+            self._task.willing(now),
+            key=lambda n: ((n.standing.under_way + 1) / max(1.0, n.standing.rate), self._rng.random()),
+        )
+        for neighbour in ranked:
+            found = self._rarest(neighbour)
+            if found >= 0:
+                return found
+        return -1
+
+    def _rarest(self, neighbour: NeighbourView) -> int:
+        """Return what the fewest neighbours have of what this one has."""
+        size = len(self._rank)
+        hidden = int.from_bytes(neighbour.have.translate(_ABSENT), "little")
+        ranks = (int.from_bytes(self._rank, "little") | hidden).to_bytes(size, "little")
+        there = ranks.translate(None, _NONE)
+        if not there:
+            return -1
+        copies = min(there)
+        found = ranks.find(copies, int(self._rng.random() * size))
+        return found if found >= 0 else ranks.find(copies)
+
+    def _early(self) -> int:
+        """Return one of the first that nobody near has."""
+        found = self._rank.find(0)
+        for _ in range(int(self._rng.random() * _AHEAD * (len(self._task.neighbours) + 1)) if found >= 0 else 0):
+            following = self._rank.find(0, found + 1)
+            if following < 0:
+                break
+            found = following
+        return found

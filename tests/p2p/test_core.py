@@ -1,0 +1,100 @@
+"""The peer's decisions without sockets: what is prefetched next, what is asked, who rests how long."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2p.core.effects import Send
+from p2p.core.errand import WAIT_S, Inquire, Reply, Take
+from p2p.core.peer import FAULTS, PeerCore
+from p2p.core.prefetch import BLIND
+from p2p.core.task import NeighbourView, PeerTask
+from p2p.protocol.messages import Contact, Report, Ruling, Verdict
+from tests.simulation.content import SimContent
+
+TASK = b"t" * 32
+CHUNKS = 12
+
+
+def core(*haves: set[int]) -> tuple[PeerCore, PeerTask, list[NeighbourView]]:
+    """A peer with neighbours that have these chunks."""
+    peer = PeerCore("me", random.Random(1))
+    task = peer.enter(TASK, SimContent(CHUNKS, CHUNKS * 1e6), "image")
+    views = []
+    for number, have in enumerate(haves):
+        peer.meet(task, Contact(f"n{number}", "h", 1))
+        view = task.neighbours[f"n{number}"]
+        view.listening = True
+        for chunk in have:
+            view.have[chunk] = 1
+        peer.heard(task, sorted(have))
+        views.append(view)
+    return peer, task, views
+
+
+def test_of_what_a_neighbour_has_the_rarest_comes_first() -> None:
+    peer, task, _ = core({0, 1, 2}, {0, 1}, {0})
+    plan = peer.prefetch(task, [[chunk] for chunk in range(3)])
+    task.neighbours["n1"].standing.under_way = task.neighbours["n2"].standing.under_way = 10**9
+    assert [plan.choose(0.0) for _ in range(3)] == [[2], [1], [0]]
+
+
+@given(st.lists(st.sets(st.integers(0, CHUNKS - 1)), max_size=4))
+def test_a_plan_chooses_what_can_be_had_and_little_else(haves: list[set[int]]) -> None:
+    peer, task, _ = core(*haves)
+    plan = peer.prefetch(task, [[chunk] for chunk in range(CHUNKS)])
+    near = set().union(*haves)
+    chosen: list[int] = []
+    while (choice := plan.choose(0.0)) is not None:
+        chosen += choice
+    assert len(chosen) == len(set(chosen))
+    assert near <= set(chosen)
+    assert len(set(chosen) - near) == min(BLIND, CHUNKS - len(near))
+    for chunk in sorted(set(chosen) - near):
+        plan.landed(chunk)
+    assert plan.left == 0 or plan.choose(0.0) is not None
+
+
+def test_a_lease_counts_when_its_answer_comes_and_a_revocation_behind_it_is_heeded() -> None:
+    peer, task, _ = core()
+    steps = peer.errand(task, [3], urgent=False).steps(0.0)
+    assert isinstance(next(steps), Inquire)
+    ruling = [Ruling(3, Verdict.LEASE)]
+    peer.answered(TASK, ruling, 0.1)
+    assert 3 in task.leases
+    del task.leases[3]  # revoked before whoever asked goes on
+    with pytest.raises(StopIteration) as end:
+        steps.send(Reply(0.1, ruling))
+    assert end.value.value.ours == []
+    assert end.value.value.waiting == [3]
+
+
+def test_two_neighbours_that_never_deliver_do_not_keep_the_scheduler_from_being_asked() -> None:
+    peer, task, views = core({0}, {0})
+    now = 0.0
+    asked = reported = 0
+    for _ in range(12):
+        steps = peer.errand(task, [0], urgent=False).steps(now)
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Take):
+                    now += 3.0
+                    view = task.neighbours[step.runs[0].peer]
+                    effects = peer.was_stalled(task, view, now)
+                    reported += sum(isinstance(e, Send) and isinstance(e.message, Report) for e in effects)
+                elif isinstance(step, Inquire):
+                    asked += 1
+                step = steps.send(Reply(now, [Ruling(0, Verdict.LATER)]))
+        except StopIteration:
+            now = max(now, min(task.waiting.values(), default=now))
+            peer.tick(now + 0.1)
+            now += 0.1
+    assert asked >= 2
+    assert reported >= 1
+    assert all(view.standing.faults >= FAULTS for view in views)
+    assert WAIT_S > 0
