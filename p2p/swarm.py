@@ -362,6 +362,7 @@ class SwarmPeer:
         unreachable = False
         try:
             while attempt < len(_RETRY_S) and not content.complete and not view.standing.banned:
+                self.core.tells_anew(task, view)
                 try:
                     await neighbour.listen(self._pool, self._headers, came, up)
                 except AbsentError:  # it has left the task: no fault, and nothing to come back for

@@ -163,6 +163,11 @@ class PeerCore:
         view = task.neighbours[contact.id] = NeighbourView(standing, bytearray(task.content.count))
         return [Listen(task.task, view)]
 
+    def tells_anew(self, task: PeerTask, view: NeighbourView) -> None:
+        """A neighbour is about to tell its whole have-map: what it told before counts no longer."""
+        task.count((chunk for chunk in range(len(view.have)) if view.have[chunk]), -1)
+        view.have[:] = bytes(len(view.have))
+
     def part(self, task: PeerTask, view: NeighbourView, *, unreachable: bool) -> Effects:
         """A neighbour is not listened to any more; `unreachable`: it was wanted."""
         if task.neighbours.get(view.id) is view:

@@ -10,6 +10,7 @@ ask the scheduler for the same one. When there is nothing of either kind, nothin
 from __future__ import annotations
 
 import random
+from itertools import islice
 from typing import Final
 
 from .task import NeighbourView, PeerTask
@@ -19,6 +20,8 @@ BLIND: Final = 2
 _TAKEN: Final = 255
 _AHEAD: Final = 4
 """Batches per neighbour, this peer counted, among which one that nobody near has is chosen."""
+_LOOKED_AT: Final = 64
+"""Batches that are looked at one by one when nothing else is left to choose."""
 _NONE: Final = bytes([_TAKEN])
 _ABSENT: Final = bytes([_TAKEN]) + bytes(255)
 """Turns a have-map into what hides the ranks of chunks that are not there."""
@@ -70,6 +73,8 @@ class Prefetch:
                 self._blind.add(first)
         if first < 0 and self._near:
             first = self._rarest_of_soonest(now)
+        if first < 0 and not self._blind:
+            first = self._miscounted()
         if first < 0:
             return None
         self._near -= self._rank[first] > 0
@@ -86,6 +91,11 @@ class Prefetch:
             if found >= 0:
                 return found
         return -1
+
+    def _miscounted(self) -> int:
+        """Return one that nobody near has after all: a neighbour that has gone silent, or told its map twice, is still counted."""
+        near = [n.have for n in self._task.neighbours.values() if n.listening]
+        return next((first for first in islice(self._batches, _LOOKED_AT) if not any(have[first] for have in near)), -1)
 
     def _rarest(self, neighbour: NeighbourView) -> int:
         """Return what the fewest neighbours have of what this one has."""

@@ -59,6 +59,16 @@ def test_a_plan_chooses_what_can_be_had_and_little_else(haves: list[set[int]]) -
     assert plan.left == 0 or plan.choose(0.0) is not None
 
 
+def test_what_a_silent_neighbour_had_is_prefetched_from_elsewhere() -> None:
+    peer, task, views = core(set(range(CHUNKS)))
+    views[0].listening = False
+    plan = peer.prefetch(task, [[chunk] for chunk in range(CHUNKS)])
+    assert plan.choose(0.0) == [0]
+    peer.tells_anew(task, views[0])
+    assert set(task.copies) == {0}
+    assert plan.choose(0.0) is not None
+
+
 def test_a_lease_counts_when_its_answer_comes_and_a_revocation_behind_it_is_heeded() -> None:
     peer, task, _ = core()
     steps = peer.errand(task, [3], urgent=False).steps(0.0)
