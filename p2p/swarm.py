@@ -40,6 +40,7 @@ from .core.task import PeerTask
 from .link import Link, Links, parse_addresses
 from .neighbour import AbsentError, BusyError, Neighbour
 from .pace import UploadPace
+from .pins import PinDesk
 from .protocol.messages import (
     VERSION,
     Done,
@@ -51,6 +52,7 @@ from .protocol.messages import (
     Join,
     Kind,
     Leave,
+    PinAnswer,
     Report,
     Ruling,
 )
@@ -107,6 +109,7 @@ class SwarmPeer:
         """Set, and replaced, when something may have become worth prefetching."""
         self._alone = trio.CapacityLimiter(_ALONE)
         self.port = 0
+        self.pins = PinDesk(lambda: self._links)
         self.requeue: Callable[[bytes, int], None] = lambda space_id, chunk: None
         """Called with a chunk that has waited long enough, or is at a neighbour now. No checkpoint."""
         self.fill_group: Callable[[bytes, list[int]], None] = lambda space_id, chunks: None
@@ -387,6 +390,7 @@ class SwarmPeer:
         return link.address if link is not None else ""
 
     def _connected(self, link: Link) -> None:
+        self.pins.connected()
         self._perform(self.core.connected(link.address, self._home))
 
     def _lost(self, link: Link) -> None:
@@ -396,6 +400,9 @@ class SwarmPeer:
         self._perform(self.core.answered(task_id, rulings, trio.current_time()), link)
 
     def _received(self, link: Link, message: FromScheduler) -> None:
+        if isinstance(message, PinAnswer):
+            self.pins.received(message)
+            return
         if not isinstance(message, Fill):
             self._perform(self.core.received(message, trio.current_time()), link)
             return

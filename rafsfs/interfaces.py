@@ -132,6 +132,50 @@ class Room(Protocol):
         """The disk is full: evict what may go, then call done(whether anything went). No checkpoint here, none in `done`."""
 
 
+@dataclass(frozen=True, slots=True)
+class SectionRuling:
+    """What a scheduler says of one section of a file of a web server."""
+
+    section: int
+    digests: bytes | None
+    """Of its chunks, 32 bytes each; None: not known yet."""
+    ours: bool = False
+    """It is this node's to fetch and to say what it is."""
+
+
+class Pins(Protocol):
+    """What the other nodes know of files of web servers, see docs/protocol/get.md. Implemented by p2p/pins.py. Methods that are not async
+    have no checkpoint.
+    """
+
+    news: Callable[[bytes, SectionRuling], None]
+    """Called with (file, ruling) of a section that was asked for: it is known now, or asked for again with profit."""
+    connected: Callable[[], None]
+    """Called when a scheduler has come, or come back, which may know nothing."""
+
+    async def ask(self, file: bytes, length: int, sections: list[int], room: int) -> list[SectionRuling] | None:
+        """Return what is known of sections, of which this node would fetch up to `room`; None if no scheduler answers."""
+
+    async def publish(self, file: bytes, length: int, section: int, digests: bytes) -> bytes | None:
+        """Say what a section is; return what holds, which may be what another said first, or None if no scheduler answers."""
+
+    def republish(self, file: bytes, length: int, section: int, digests: bytes) -> None:
+        """Say it again, without an answer."""
+
+    def alive(self, file: bytes, sections: list[int]) -> None:
+        """Say that sections that are ours are coming."""
+
+    def give_back(self, file: bytes, sections: list[int], cause: str) -> None:
+        """Say that sections that were ours do not come."""
+
+
+class RangedBlobs(Protocol):
+    """Where the fetch pipeline reads stored bytes."""
+
+    def open_range(self, digest: Digest, offset: int, length: int) -> AbstractAsyncContextManager[BlobStream]:
+        """Open bytes [offset, offset+length) of a blob; length > 0."""
+
+
 class Swarm(Protocol):
     """The other nodes, as the fetch pipeline of a daemon sees them. Implemented by p2p/swarm.py. Methods that are not async have
     no checkpoint.
@@ -143,6 +187,10 @@ class Swarm(Protocol):
     """Called with chunks that are this node's to fetch, whether anybody here reads them or not."""
     fill_image: Callable[[str, Callable[[int, int, str], None]], None]
     """Called with (image, report) of an image that this node is to fetch whole; report(done, total, error)."""
+
+    @property
+    def pins(self) -> Pins:
+        """What the swarm knows of files of web servers."""
 
     @property
     def is_active(self) -> bool:

@@ -31,7 +31,11 @@ from p2p.protocol.messages import (
     Neighbours,
     NodeProgress,
     Order,
+    PinAlive,
+    PinAsk,
+    PinFailed,
     Ping,
+    PinPut,
     Preheat,
     Preheated,
     Progress,
@@ -41,6 +45,7 @@ from p2p.protocol.messages import (
     Verdict,
 )
 
+from .pins import PinTable
 from .state import Member, PeerState, PreheatState, TaskState
 from .weights import Place, score
 
@@ -94,6 +99,7 @@ class Engine:
         self.peers: dict[str, PeerState] = {}
         self.tasks: dict[bytes, TaskState] = {}
         self.preheats: dict[int, PreheatState] = {}
+        self.pins = PinTable()
         self._next_preheat = 1
         self._seeds: set[str] = set()
         self._seen: dict[str, None] = {}
@@ -112,7 +118,27 @@ class Engine:
             Ping: lambda peer, event, now: [],
             Preheat: self._preheat,
             Filled: self._filled,
+            **self._pin_handlers(),
         }
+
+    def _pin_handlers(self) -> dict[type, Callable[[str, FromPeer, float], Out]]:
+        def ask(peer: str, event: FromPeer, now: float) -> Out:
+            assert isinstance(event, PinAsk)
+            return self.pins.ask(peer, event, now)
+
+        def put(peer: str, event: FromPeer, now: float) -> Out:
+            assert isinstance(event, PinPut)
+            return self.pins.put(peer, event, now)
+
+        def alive(peer: str, event: FromPeer, now: float) -> Out:
+            assert isinstance(event, PinAlive)
+            return self.pins.alive(peer, event, now)
+
+        def failed(peer: str, event: FromPeer, now: float) -> Out:
+            assert isinstance(event, PinFailed)
+            return self.pins.failed(peer, event, now)
+
+        return {PinAsk: ask, PinPut: put, PinAlive: alive, PinFailed: failed}
 
     def connect(self, hello: Hello, host: str, now: float) -> Out:
         """A program has connected. An older connection of the same id is taken to be dead."""
@@ -134,7 +160,7 @@ class Engine:
         self._accused.discard(peer)
         for task in list(state.tasks):
             self._remove(task, peer)
-        out: Out = []
+        out: Out = self.pins.gone(peer, now)
         for number, preheat in list(self.preheats.items()):
             if preheat.tool == peer:
                 del self.preheats[number]
@@ -169,7 +195,7 @@ class Engine:
                 continue
             state.end_lease(group)
             late.setdefault((task, lease.peer), []).append(group)
-        out: Out = []
+        out: Out = self.pins.tick(now)
         for (task, peer), groups in late.items():
             self.tasks[task].members[peer].rests_until = now + REST_S
             self._note_failure(peer, now)

@@ -334,6 +334,15 @@ class Scheduler:
                 }
                 for task, state in self.engine.tasks.items()
             },
+            "files": {
+                key.hex(): {
+                    "length": file.plan.length,
+                    "sections": file.plan.sections,
+                    "pinned": len(file.pinned),
+                    "leases": {str(section): lease.peer for section, lease in file.leases.items()},
+                }
+                for key, file in self.engine.pins.files.items()
+            },
         }
 
 

@@ -152,14 +152,18 @@ class PeerCore:
     # ---- neighbours ----------------------------------------------------------------------------------------------
 
     def meet(self, task: PeerTask, contact: Contact) -> Effects:
-        """Make somebody a neighbour, unless it is one, is banned, cannot be reached or is this peer itself."""
-        if contact.id == self.id or contact.id in task.neighbours or not contact.port:
+        """Make somebody a neighbour, unless it is one, cannot be reached or is this peer itself. Of one that is banned, maybe for another
+        task, the scheduler is told: it would point at it for ever.
+        """
+        if contact.id == self.id or not contact.port:
             return []
         standing = self.standings.get(contact.id)
+        if standing is not None and standing.banned and standing.contact == contact:
+            return [Send(task.task, Report(task.task, contact.id, Complaint.CORRUPT))]
+        if contact.id in task.neighbours:
+            return []
         if standing is None or standing.contact != contact:
             standing = self.standings[contact.id] = Standing(contact)
-        if standing.banned:
-            return []
         view = task.neighbours[contact.id] = NeighbourView(standing, bytearray(task.content.count))
         return [Listen(task.task, view)]
 

@@ -27,6 +27,9 @@ Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Port = Annotated[int, msgspec.Meta(ge=0, lt=65536)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+Section = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+Sections = Annotated[list[Section], msgspec.Meta(max_length=256)]
+Digests = Annotated[bytes, msgspec.Meta(max_length=4096 * 32)]
 
 
 class Kind(IntEnum):
@@ -222,8 +225,86 @@ class Preheated(msgspec.Struct, array_like=True, frozen=True, tag="preheated"):
     nodes: list[NodeProgress]
 
 
-FromPeer = Hello | Join | Leave | Ask | Done | Progress | Failed | Report | Ping | Preheat | Filled
-FromScheduler = Welcome | Neighbours | Answer | Order | Revoke | Fill | Preheated | Ping
+class PinVerdict(IntEnum):
+    """What is with a section of a file of a web server."""
+
+    LEASE = 0
+    """Fetch it, hash it, say what it is."""
+    PINNED = 1
+    WAIT = 2
+    """Somebody fetches it, or may not yet: news come."""
+
+
+class Pin(msgspec.Struct, array_like=True, frozen=True):
+    """One section of a file."""
+
+    section: Section
+    verdict: PinVerdict
+    digests: Digests = b""
+    """Of its chunks, 32 bytes each, if it is pinned."""
+
+
+class PinAsk(msgspec.Struct, array_like=True, frozen=True, tag="pin_ask"):
+    """What are these sections of a file? At most `room` of them I would fetch."""
+
+    number: Count
+    file: Task
+    length: Count
+    wanted: Sections
+    room: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+
+
+class PinPut(msgspec.Struct, array_like=True, frozen=True, tag="pin_put"):
+    """A section is this. Answered with what is pinned; number 0: no answer is wanted."""
+
+    number: Count
+    file: Task
+    length: Count
+    section: Section
+    digests: Digests
+
+
+class PinAlive(msgspec.Struct, array_like=True, frozen=True, tag="pin_alive"):
+    """These sections are coming."""
+
+    file: Task
+    sections: Sections
+
+
+class PinFailed(msgspec.Struct, array_like=True, frozen=True, tag="pin_failed"):
+    """These sections are given back."""
+
+    file: Task
+    sections: Sections
+    reason: Text = ""
+
+
+class PinAnswer(msgspec.Struct, array_like=True, frozen=True, tag="pin_answer"):
+    """Answer to `pin_ask` and `pin_put`; number 0: news of what was waited for."""
+
+    number: Count
+    file: Task
+    pins: list[Pin]
+
+
+FromPeer = (
+    Hello
+    | Join
+    | Leave
+    | Ask
+    | Done
+    | Progress
+    | Failed
+    | Report
+    | Ping
+    | Preheat
+    | Filled
+    | PinAsk
+    | PinPut
+    | PinAlive
+    | PinFailed
+)
+FromScheduler = Welcome | Neighbours | Answer | Order | Revoke | Fill | Preheated | Ping | PinAnswer
 
 _encoder = msgspec.msgpack.Encoder()
 _from_peer: msgspec.msgpack.Decoder[FromPeer] = msgspec.msgpack.Decoder(FromPeer)

@@ -14,30 +14,50 @@ from ..store.listing import list_cache
 from .eviction import Evictor
 from .images import OpenImages
 from .session import Progress
+from .web_files import WebFiles
 
 
 class CacheCalls:
     """The calls. `mounted` returns the digests of the images that are mounted."""
 
-    def __init__(self, cache: Cache, images: OpenImages, evictor: Evictor, mounted: Callable[[], set[str]]) -> None:
+    def __init__(
+        self, cache: Cache, images: OpenImages, evictor: Evictor, mounted: Callable[[], set[str]], files: WebFiles
+    ) -> None:
+        self._files = files
         self._cache = cache
         self._images = images
         self._evictor = evictor
         self._mounted = mounted
 
     async def show(self) -> dict[str, Any]:
-        """Return images and data spaces, with what is in use, what is pinned and what was used when."""
+        """Return images, data spaces and files, with what is in use, what is pinned and what was used when."""
         used = self._cache.used_spaces()
         quota = self._evictor.quota
-        return await trio.to_thread.run_sync(
-            lambda: list_cache(self._cache, self._mounted(), used, quota.limit if quota else None)
-        )
+
+        def look() -> dict[str, Any]:
+            files = [
+                {
+                    "key": record.key.hex(),
+                    "url": record.url,
+                    "length": record.length,
+                    "shared": record.shared,
+                    "spaces": [space.hex() for space in record.spaces.values()],
+                }
+                for record in self._files.records.all()
+            ]
+            return list_cache(self._cache, self._mounted(), used, quota.limit if quota else None) | {"files": files}
+
+        return await trio.to_thread.run_sync(look)
 
     async def remove(self, wanted: str | None) -> dict[str, Any]:
         """Remove an image by digest or reference, or everything that is not in use, and the spaces nobody else needs."""
         in_use = self._mounted() | self._images.digests()
         if wanted:
-            doomed = await self._find(wanted)
+            free = self._files.forget(wanted)
+            doomed = [] if free else await self._find(wanted)
+            if free:
+                removed, freed = await self._remove_orphans()
+                return {"images": [], "spaces": removed, "freed_bytes": freed}
             held = next((image for image in doomed if str(image.digest) in in_use), None)
             if held:
                 raise CacheError(f"image {held.digest} is mounted; unmount it before it is removed")
@@ -45,6 +65,7 @@ class CacheCalls:
             if pinned:
                 raise CacheError(f"image {pinned.digest} is pinned; `rafs cache unpin` it before it is removed")
         else:
+            self._files.forget(None)
             images = await trio.to_thread.run_sync(self._cache.images)
             doomed = [image for image in images if str(image.digest) not in in_use and not image.pinned]
         gone = [image for image in doomed if self._images.forget(image.digest)]
@@ -54,10 +75,11 @@ class CacheCalls:
         return {"images": [str(image.digest) for image in gone], "spaces": removed, "freed_bytes": freed}
 
     async def _remove_orphans(self) -> tuple[int, int]:
-        """Remove the data spaces that no image names; return how many and their bytes."""
+        """Remove the data spaces that neither an image nor a file names; return how many and their bytes."""
         removed = freed = 0
+        kept = {space_id for record in self._files.records.all() for space_id in record.spaces.values()}
         for space in await trio.to_thread.run_sync(self._cache.spaces):
-            if not space.images and await self._evictor.remove(space.space_id):
+            if not space.images and space.space_id not in kept and await self._evictor.remove(space.space_id):
                 freed += space.present_bytes
                 removed += 1
         await trio.to_thread.run_sync(self._cache.tidy)

@@ -55,12 +55,14 @@ from ..units import format_size
 from .cache_calls import CacheCalls
 from .connection import socket_path
 from .eviction import Evictor
+from .get_calls import GetCalls
 from .images import OpenedImage, OpenImages
 from .launch import daemon_argv
 from .metrics import NODE
 from .mounts import Mount, rss_bytes
 from .protocol import Request
 from .session import PROGRESS_S, Progress, Session, first_error
+from .web_files import WebFiles
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +115,9 @@ class Daemon:
         evictor.leave = fetcher.drop_space
         self._recorded: dict[str, tuple[bytes, ...]] = {}
         """Data spaces of mounts that were there when the daemon started and have not been taken over yet."""
-        self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests)
+        self.web_files = WebFiles(cache, fetcher, evictor, swarm)
+        self._get_calls = GetCalls(self.web_files, self._images, fetcher, evictor, self._open)
+        self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests, self.web_files)
         self._mounting: set[str] = set()
         self._cached_bytes = 0
         self.metrics_port = 0
@@ -139,12 +143,15 @@ class Daemon:
             ),
             "cache_pin": lambda params: self._cache_calls.pin(params["image"], pinned=bool(params["pinned"])),
             "metrics": self._metrics,
+            "release": self._get_calls.release,
             "stop": self._stop,
         }
         if request.method not in {"ensure", "ready", "served"}:
             await self._restored.wait()  # so that nobody is told of half the mounts
         if request.method == "pull":
             return await self._pull(request.params, progress)
+        if request.method in {"get_file", "get_image"}:
+            return await self._get(request, progress)
         if request.method == "cache_verify":
             return await self._cache_calls.verify(progress)
         method = methods.get(request.method)
@@ -297,6 +304,7 @@ class Daemon:
                 "evicted_bytes": self._evictor.counters["evicted_bytes"],
             },
             "mounts": [self._mount_status(mount) for mount in self._mounts.values()],
+            "files": self.web_files.describe(),
             "fetch": dict(self._fetcher.counters),
             "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
         }
@@ -384,6 +392,14 @@ class Daemon:
                 f"image {opened.image.digest} holds {format_size(opened.data_bytes)}, the quota of cache {self._cache.path} is "
                 f"{format_size(quota.limit)}; raise --quota"
             )
+
+    async def _get(self, request: Request, progress: Progress) -> dict[str, Any]:
+        call = self._get_calls.file if request.method == "get_file" else self._get_calls.image
+        await self._use_scheduler(str(request.params.get("scheduler", "")))
+        try:
+            return await call(request.params, _options(request.params), progress)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"call of {request.method} has bad parameters: {error!r}") from error
 
     async def _report(self, opened: OpenedImage, progress: Progress) -> None:
         while True:
@@ -587,6 +603,7 @@ async def _run(
         await evictor.start()
         nursery.start_soon(evictor.run)
         nursery.start_soon(evictor.note_use_for_ever)
+        await trio.to_thread.run_sync(daemon.web_files.records.prepare)
         if settings.metrics is not None:
             daemon.metrics_port = await _serve_metrics(daemon, nursery, *settings.metrics)
         nursery.start_soon(daemon.sync_for_ever)
@@ -597,6 +614,7 @@ async def _run(
         nursery.start_soon(daemon.restore_mounts)
         if settings.keeps_images:
             nursery.start_soon(daemon.offer_cached_images)
+            nursery.start_soon(daemon.web_files.offer_all)
         if ready:
             ready(daemon)
         await daemon.stop_requested.wait()

@@ -36,7 +36,7 @@ from ..errors import (
 )
 from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
-from ..interfaces import BlobStream, ImageStore, Room, Swarm
+from ..interfaces import BlobStream, RangedBlobs, Room, Swarm
 from ..metrics import Histogram
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
@@ -84,7 +84,7 @@ class Fetcher:
         self.miss_seconds = Histogram()
         self._noted: dict[str, float] = {}
 
-    def add_source(self, chunk_map: ChunkMap, store: ImageStore, name: str) -> Source:
+    def add_source(self, chunk_map: ChunkMap, store: RangedBlobs, name: str) -> Source:
         """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
         self.open_spaces(chunk_map)
         spaces: dict[bytes, int] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..format.chunk_map import ChunkMap
-from ..interfaces import ImageStore
+from ..interfaces import RangedBlobs
 
 QUIET_BYTES: Final = 12 << 20
 """A stream that began inside a file and is shorter than this is not fetched ahead of: a tensor of 2 MB read through a mapping
@@ -40,7 +40,7 @@ class Source:
 
     name: str
     chunk_map: ChunkMap
-    store: ImageStore
+    store: RangedBlobs
     spaces: dict[bytes, int]
     """Space id → number in the chunk map, base spaces included."""
     own: tuple[bytes, ...] = ()

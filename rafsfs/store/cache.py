@@ -33,6 +33,7 @@ from ..format.chunk_map import ChunkMap
 from ..format.manifest import ImageManifest, parse_manifest
 from ..format.space_table import SpaceTable
 from ..types import Digest
+from .adopt import adopt
 from .chunk_index import ChunkIndex
 from .data_space import DataSpace, create, open_space_directory, remove_tree, replace_file, write_error
 from .eviction import Held
@@ -229,6 +230,23 @@ class Cache:
                 self._spaces[space.space_id] = space
                 self._resting.pop(space.space_id, None)
             return space
+
+    def adopt_space(self, table: SpaceTable, data_path: str) -> DataSpace:
+        """Return the data space of this content table, all of it present: the bytes are in `data_path`, a file of this file system that the
+        caller has just hashed against the table; it is gone afterwards. Blocking. Raises CacheError.
+        """
+        with self._mutex:
+            space = self._spaces.get(table.space_id)
+            if space is None and not os.path.isdir(self.space_directory(table.space_id)):
+                adopt(self.space_directory(table.space_id), table, data_path)
+        space = self.open_space(table)
+        if os.path.exists(data_path):
+            with open(data_path, "rb") as file:  # it was here, or a part of it
+                for index in space.missing(range(table.count)):
+                    offset, length = table.extent(index)
+                    space.store(index, os.pread(file.fileno(), length, offset))
+            os.unlink(data_path)
+        return space
 
     def opened_space(self, space_id: bytes) -> DataSpace | None:
         """Return a data space if it is open, or can be opened as it is on disk; None otherwise. Blocking if it is not open."""

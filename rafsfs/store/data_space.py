@@ -251,16 +251,14 @@ def create(directory: str, table: SpaceTable) -> None:
     temporary = f"{directory}.new-{os.getpid()}-{threading.get_ident()}"
     try:
         os.makedirs(temporary, mode=0o700)
-        _write_new(os.path.join(temporary, "chunks"), bytes(table.buffer))
+        write_synced(os.path.join(temporary, "chunks"), bytes(table.buffer))
         for name, size in (("data", align_up(table.size, BLOCK_SIZE)), ("present", table.count)):
             descriptor = os.open(os.path.join(temporary, name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 os.ftruncate(descriptor, size)
             finally:
                 os.close(descriptor)
-        record = {"version": RECORD_VERSION, "size": table.size, "boot_id": boot_id(), "clean": True}
-        record["last_used"] = int(time.time())
-        _write_new(os.path.join(temporary, "record"), json.dumps(record).encode())
+        write_new_record(temporary, table.size)
         try:
             os.rename(temporary, directory)
         except OSError as error:
@@ -270,6 +268,13 @@ def create(directory: str, table: SpaceTable) -> None:
     except OSError as error:
         remove_tree(temporary)
         raise write_error(error, directory) from error
+
+
+def write_new_record(directory: str, size: int) -> None:
+    """Write the record of a new data space of `size` bytes."""
+    record = {"version": RECORD_VERSION, "size": size, "boot_id": boot_id(), "clean": True}
+    record["last_used"] = int(time.time())
+    write_synced(os.path.join(directory, "record"), json.dumps(record).encode())
 
 
 def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
@@ -336,7 +341,8 @@ def replace_file(path: str, data: bytes) -> None:
         raise write_error(error, path) from error
 
 
-def _write_new(path: str, data: bytes) -> None:
+def write_synced(path: str, data: bytes) -> None:
+    """Write a new file, 0600, and bring it to the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
