@@ -13,6 +13,7 @@ import trio
 
 from rafsfs.daemon.launch import connect
 from rafsfs.errors import DaemonError, IntegrityError, UsageError
+from rafsfs.files.record import list_files
 from rafsfs.fuse.spec import load_specs
 from rafsfs.store.cache import Cache
 from rafsfs.store.listing import list_cache
@@ -46,11 +47,11 @@ async def _look(cache_dir: str) -> dict[str, Any]:
 def _look_at_directory(cache_dir: str) -> dict[str, Any]:
     path = os.path.abspath(cache_dir)
     if not os.path.isdir(path):
-        return {"cache_dir": path, "quota_bytes": None, "images": [], "spaces": []}
+        return {"cache_dir": path, "quota_bytes": None, "images": [], "spaces": [], "files": []}
     cache = Cache.open(path, exclusive=False)
     mounted = {spec.digest for spec in load_specs(path)}  # workers serve on without a daemon
     try:
-        return list_cache(cache, mounted, set(), None)
+        return list_cache(cache, mounted, set(), None) | {"files": list_files(path)}
     finally:
         cache.close(clean=False)
 
@@ -92,6 +93,14 @@ def list_command(cache_dir: str, as_json: bool) -> None:
         ],
         header=("DATA SPACE", "PRESENT", "CHUNKS", "STATE", "LAST USED", "IMAGES"),
     )
+    if found["files"]:
+        print_table(
+            [
+                (file["key"][:16], size(file["length"]), "yes" if file["shared"] else "-", file["url"])
+                for file in found["files"]
+            ],
+            header=("FILE", "LENGTH", "SHARED", "URL"),
+        )
 
 
 def _state(used: str, pinned: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import trio
 
 from ..errors import CacheError, UsageError
+from ..files.record import list_files
 from ..store.cache import Cache, CachedImage
 from ..store.data_space import DataSpace
 from ..store.listing import list_cache
@@ -35,17 +36,9 @@ class CacheCalls:
         quota = self._evictor.quota
 
         def look() -> dict[str, Any]:
-            files = [
-                {
-                    "key": record.key.hex(),
-                    "url": record.url,
-                    "length": record.length,
-                    "shared": record.shared,
-                    "spaces": [space.hex() for space in record.spaces.values()],
-                }
-                for record in self._files.records.all()
-            ]
-            return list_cache(self._cache, self._mounted(), used, quota.limit if quota else None) | {"files": files}
+            return list_cache(self._cache, self._mounted(), used, quota.limit if quota else None) | {
+                "files": list_files(self._cache.path)
+            }
 
         return await trio.to_thread.run_sync(look)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..errors import CacheError
 from ..store.data_space import replace_file, write_error
@@ -34,6 +34,20 @@ class FileRecord:
     """Data space of each section that is known."""
     own: set[int] = field(default_factory=set)
     """Sections that this node has taken from the server itself, and whose digests it knows from nobody else."""
+
+
+def list_files(cache_dir: str) -> list[dict[str, Any]]:
+    """Return what `rafs cache ls` says of files of web servers. Blocking."""
+    return [
+        {
+            "key": record.key.hex(),
+            "url": record.url,
+            "length": record.length,
+            "shared": record.shared,
+            "spaces": [space.hex() for space in record.spaces.values()],
+        }
+        for record in FileRecords(cache_dir).all()
+    ]
 
 
 class FileRecords:

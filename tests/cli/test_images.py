@@ -273,7 +273,8 @@ def test_a_place_that_cannot_be_a_layout_is_named(refused: Refused, source: Path
 
 
 def test_a_cache_that_is_not_there_is_empty_and_stays_so(rafs: Rafs) -> None:
-    assert rafs.json("cache", "ls") == {"cache_dir": str(rafs.home / "cache"), "images": [], "spaces": []}
+    empty = {"images": [], "spaces": [], "files": [], "quota_bytes": None}
+    assert rafs.json("cache", "ls") == {"cache_dir": str(rafs.home / "cache"), **empty}
     assert rafs.json("cache", "du")["present_bytes"] == 0
     assert rafs.json("status")["mounts"] == []
     assert not (rafs.home / "cache").exists(), "looking makes nothing and starts nothing"

@@ -13,7 +13,7 @@ from p2p.core.errand import WAIT_S, Inquire, Reply, Take
 from p2p.core.peer import FAULTS, PeerCore
 from p2p.core.prefetch import BLIND
 from p2p.core.task import NeighbourView, PeerTask
-from p2p.protocol.messages import Contact, Report, Ruling, Verdict
+from p2p.protocol.messages import Complaint, Contact, Report, Ruling, Verdict
 from tests.simulation.content import SimContent
 
 TASK = b"t" * 32
@@ -108,3 +108,12 @@ def test_two_neighbours_that_never_deliver_do_not_keep_the_scheduler_from_being_
     assert reported >= 1
     assert all(view.standing.faults >= FAULTS for view in views)
     assert WAIT_S > 0
+
+
+def test_who_lied_in_one_task_is_not_waited_for_in_another() -> None:
+    peer, task, (liar,) = core({0})
+    other = peer.enter(b"o" * 32, SimContent(CHUNKS, CHUNKS * 1e6), "image")
+    peer.was_corrupt(task, liar)
+    effects = peer.meet(other, liar.standing.contact)
+    assert [e.message for e in effects if isinstance(e, Send)] == [Report(other.task, liar.id, Complaint.CORRUPT)]
+    assert liar.id not in other.neighbours
