@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from rafsfs.format.chunk_index import Extent
 from rafsfs.format.chunk_map import MAX_DELTA_DEPTH
 from rafsfs.image import ImageReader
+from rafsfs.weights.tensor import Tensor
 
 from .earlier_image import EarlierImage
 from .image_weights import weights_of
-from .weights.tensor import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from typing import Final, Literal
 
 from rafsfs.format.bootstrap import Inode
 from rafsfs.image import Image, ImageReader
+from rafsfs.weights.tensor import Tensor
 
 from .image_weights import ImageWeights
-from .weights.tensor import Tensor
 
 _READ: Final = 1 << 20
 """Bytes of a tensor up to which it is read to be compared."""

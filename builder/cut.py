@@ -16,8 +16,7 @@ from typing import Final
 from pyfastcdc import FastCDC
 
 from rafsfs.format.codec import WIDTH_OPAQUE, WIDTH_UNKNOWN
-
-from .weights.tensor import ReadAt, Tensor
+from rafsfs.weights.tensor import ReadAt, Tensor
 
 PACK: Final = 64 << 10
 """Bytes: tensors smaller than this share a chunk with their neighbours. A record costs 64 bytes, a request for one a millisecond."""

@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Final, Self
 
 from rafsfs.errors import UsageError
+from rafsfs.weights.tensor import ReadAt, TensorFile
 
 from .cut import Cutter, cut_by_content, cut_fixed, cut_tensors, is_compressed
 from .scan import Scan
 from .source_file import OpenFiles
 from .weights.detect import WORTH, WeightFinder, missing_shards
-from .weights.tensor import ReadAt, TensorFile
 
 _log = logging.getLogger("rafsfs.builder")
 

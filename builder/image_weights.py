@@ -15,9 +15,9 @@ from typing import Final
 import trio
 
 from rafsfs.image import Image, ImageReader
+from rafsfs.weights.tensor import TensorFile
 
 from .weights.detect import WORTH, WeightFinder
-from .weights.tensor import TensorFile
 
 _SUFFIXES: Final = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".onnx.data")
 _LARGE: Final = 16 << 20

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from rafsfs.format.chunk_index import Extent
 from rafsfs.format.codec import WIDTH_UNKNOWN
 from rafsfs.types import BLOCK_SIZE, align_up
+from rafsfs.weights.tensor import Tensor
 
 from .cut import Cutter
-from .weights.tensor import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from rafsfs.errors import FormatError
+from rafsfs.weights.gguf import looks_like_gguf, parse_gguf
+from rafsfs.weights.safetensors import looks_like_safetensors, parse_safetensors
+from rafsfs.weights.tensor import ReadAt, Tensor, TensorFile
 
-from .gguf import looks_like_gguf, parse_gguf
 from .onnx import OnnxWeights, external_file, inside_file, parse_onnx
-from .safetensors import looks_like_safetensors, parse_safetensors
-from .tensor import ReadAt, Tensor, TensorFile
 
 _log = logging.getLogger("rafsfs.builder")
 

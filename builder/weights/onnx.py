@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from rafsfs.errors import FormatError
-
-from .tensor import MAX_TENSORS, ReadAt, Tensor, TensorFile, checked
-from .window import Window
+from rafsfs.weights.tensor import MAX_TENSORS, ReadAt, Tensor, TensorFile, checked
+from rafsfs.weights.window import Window
 
 _LIMIT: Final = 256 << 20
 _STEP: Final = 4096

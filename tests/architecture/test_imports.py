@@ -24,6 +24,7 @@ _RANKS: Final = {
     **dict.fromkeys(("errors", "types", "units", "logs", "interfaces", "config", "metrics", "patterns", "siblings"), 0),
     "format": 1,
     "net": 2,
+    "weights": 2,
     "registry": 3,
     "store": 3,
     "image": 4,

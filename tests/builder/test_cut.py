@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.cut import PACK, Cut, Cutter, cdc_sizes, cut_by_content, cut_fixed, cut_tensors, is_compressed
-from builder.weights.tensor import Tensor
+from rafsfs.weights.tensor import Tensor
 
 CHUNK = 1 << 20
 

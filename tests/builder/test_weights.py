@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from builder.weights.detect import WeightFinder, missing_shards
-from builder.weights.gguf import parse_gguf
 from builder.weights.onnx import OnnxWeights, external_file, parse_onnx
-from builder.weights.safetensors import parse_safetensors
-from builder.weights.tensor import ReadAt, TensorFile
 from rafsfs.errors import FormatError
 from rafsfs.format.codec import WIDTH_OPAQUE
+from rafsfs.weights.gguf import parse_gguf
+from rafsfs.weights.safetensors import parse_safetensors
+from rafsfs.weights.tensor import ReadAt, TensorFile
 from tests.support.models import published_model
 from tests.support.weights import Array, block_quantised, load_arrays, save_gguf, save_safetensors
 

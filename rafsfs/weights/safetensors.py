@@ -11,8 +11,7 @@ import json
 import struct
 from typing import Any, Final
 
-from rafsfs.errors import FormatError
-
+from ..errors import FormatError
 from .tensor import MAX_TENSORS, ReadAt, Tensor, TensorFile, checked, stored_bytes
 
 MAX_HEADER: Final = 32 << 20

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import struct
 
-from rafsfs.errors import FormatError
-
+from ..errors import FormatError
 from .tensor import ReadAt
 
 _U32 = struct.Struct("<I")

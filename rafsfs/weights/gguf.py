@@ -10,9 +10,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Final
 
-from rafsfs.errors import FormatError
-from rafsfs.types import align_up
-
+from ..errors import FormatError
+from ..types import align_up
 from .tensor import MAX_TENSORS, ReadAt, Tensor, TensorFile, checked
 from .window import Window
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from rafsfs.errors import FormatError
-from rafsfs.format.codec import WIDTH_OPAQUE, WIDTH_UNKNOWN
+from ..errors import FormatError
+from ..format.codec import WIDTH_OPAQUE, WIDTH_UNKNOWN
 
 ReadAt = Callable[[int, int], bytes]
 """Returns `length` bytes from `offset` of the file, or fewer at its end."""

@@ -1,0 +1,1 @@
+"""Headers of files of weights: which tensor is where. Pure; a parser is given a function that reads."""
