@@ -12,13 +12,16 @@ cancelled opening leaves at most complete metadata in the cache. While any openi
 from __future__ import annotations
 
 import logging
+import mmap
 from dataclasses import dataclass
 
 import trio
 
-from ..errors import CacheFullError, UnavailableError
+from ..errors import CacheFullError, FormatError, UnavailableError
 from ..fetch.fetcher import Fetcher
+from ..fetch.layout import ImageLayout, image_layout
 from ..fetch.source import Source
+from ..format.bootstrap import Bootstrap
 from ..format.chunk_map import ChunkMap
 from ..image import load_image
 from ..interfaces import ImageStore
@@ -40,6 +43,8 @@ class OpenedImage:
     store: ImageStore
     data_bytes: int
     users: int = 0
+    layout: ImageLayout | None = None
+    """What lies where, once the bootstrap has been gone through."""
     is_kept: bool = False
     """Whether it stays open without users."""
 
@@ -95,11 +100,23 @@ class OpenImages:
                     source = await trio.to_thread.run_sync(self._fetcher.add_source, chunk_map, store, store.name)
                     opened = OpenedImage(image, source, store, chunk_map.data_bytes)
                     self._opened[image.digest, store.name] = opened
+                    self._nursery.start_soon(self._lay_out, opened)
             except BaseException:
                 self._cache.release(space_ids)
                 raise
             opened.users += 1  # in the lock: nobody's release may come between
             return opened
+
+    async def _lay_out(self, opened: OpenedImage) -> None:
+        """Find out what lies where in an image; its readers do not wait for it."""
+        try:
+            layout = await trio.to_thread.run_sync(_read_layout, opened.image)
+        except (FormatError, OSError) as error:
+            _log.warning("image is read without being understood: digest=%s cause=%s", opened.image.digest, error)
+            return
+        if self._opened.get((opened.image.digest, opened.store.name)) is opened:
+            opened.layout = layout
+            self._fetcher.prefetcher.add_layout(layout)
 
     async def _open_spaces(self, chunk_map: ChunkMap) -> None:
         """Open the data spaces; if the disk is full, again when something could be evicted."""
@@ -156,6 +173,8 @@ class OpenImages:
 
     def _close(self, opened: OpenedImage) -> None:
         self._fetcher.remove_source(opened.source)
+        if opened.layout is not None:
+            self._fetcher.prefetcher.remove_layout(opened.layout)
         if self._opened.pop((opened.image.digest, opened.store.name), None) is not None:
             self._nursery.start_soon(opened.store.aclose)
 
@@ -188,3 +207,8 @@ def _read_chunk_map(image: CachedImage) -> ChunkMap:
     chunk_map = image.chunk_map()
     chunk_map.validate()
     return chunk_map
+
+
+def _read_layout(image: CachedImage) -> ImageLayout:
+    with open(image.bootstrap_path, "rb") as file:
+        return image_layout(Bootstrap(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import trio
@@ -42,9 +42,9 @@ from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
 from .plan import RangeRead, Wanted, plan_reads
+from .prefetcher import Prefetcher, Window
 from .queue import Flight, FlightQueue, Priority, of_batch
-from .readahead import Readahead
-from .source import QUIET_BYTES, FetchSettings, Source
+from .source import FetchSettings, Source
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ PEERS_COUNTED = 128
 """Peers that a mount names in its figures; a node that restarts has a new address, and a swarm may have thousands."""
 SWARM_BATCHES = 16
 """Batches of a space prefetched at once with a swarm: more than there are workers, since some of them wait for other nodes."""
+AHEAD_STEPS = 2
+"""Parts of the window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
@@ -76,7 +78,7 @@ class Fetcher:
         self._threads = trio.CapacityLimiter(settings.threads)
         self._buffers = ByteBudget(settings.buffer_bytes)
         self._pool = BufferPool(settings.buffer_bytes // 2)
-        self._readahead: dict[bytes, Readahead] = {}
+        self.prefetcher = Prefetcher(self._queue.start, self._ahead_window)
         self.counters: Counter[str] = Counter()
         self.failed_chunks: Counter[str] = Counter()
         self.failed_reads: Counter[str] = Counter()
@@ -104,7 +106,7 @@ class Fetcher:
     def drop_space(self, space_id: bytes) -> None:
         """Take part in nothing more of a data space that is being evicted. No checkpoint."""
         self._queue.drop_space(space_id)
-        self._readahead.pop(space_id, None)
+        self.prefetcher.forget(space_id)
         if self._swarm is not None:
             self._swarm.leave(space_id)
 
@@ -128,7 +130,7 @@ class Fetcher:
     async def ensure(
         self,
         space_id: bytes,
-        chunks: Iterable[int],
+        chunks: Sequence[int],
         *,
         priority: Priority = Priority.DEMAND,
         deadline_s: float | None = None,
@@ -146,7 +148,8 @@ class Fetcher:
             raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
         wanted = space.missing(chunks)
         if priority is Priority.DEMAND:
-            self._read_ahead(space, chunks, own, on_behalf)
+            span = range(min(chunks), max(chunks) + 1) if chunks else range(0)
+            self.prefetcher.demanded(space, span, own, on_behalf)
         if not wanted:
             return
         if priority is not Priority.DEMAND:
@@ -184,6 +187,7 @@ class Fetcher:
         for flight in flights:
             if flight.error is not None:
                 raise flight.error
+        self.prefetcher.came(space, range(wanted[0], wanted[-1] + 1))
 
     async def prefetch_all(self, source: Source, *, on_behalf: Counter[str] | None = None) -> None:
         """Fill all data spaces of a source in order, behind all demand. Raises what the first failing chunk raises, CacheFullError when
@@ -226,22 +230,9 @@ class Fetcher:
         finally:
             limiter.release()
 
-    def _read_ahead(
-        self, space: DataSpace, chunks: Iterable[int], own: range | None, on_behalf: Counter[str] | None
-    ) -> None:
-        numbers = list(chunks)
-        if not numbers or space.complete:
-            return
-        ahead = self._readahead.get(space.space_id)
-        if ahead is None:
-            mean = max(1, space.size // max(1, space.table.count))
-            window = max(1, self.settings.readahead_bytes // mean)
-            quiet = min(window // 2, QUIET_BYTES // mean)
-            step = max(1, SWARM_BATCH // mean) if self._swarm is not None and self._swarm.is_active else None
-            ahead = self._readahead[space.space_id] = Readahead(space.table.count, window, quiet, step)
-        whole = own if own is not None else range(space.table.count)
-        for index in space.missing(ahead.advance(numbers[0], numbers[-1] + 1, whole)):
-            self._queue.start(space, index, on_behalf)
+    def _ahead_window(self) -> Window:
+        limit = self.settings.readahead_bytes
+        return Window(limit, SWARM_BATCH if self._swarm is not None and self._swarm.is_active else limit // AHEAD_STEPS)
 
     async def run_worker(self, *, demand_only: bool) -> None:
         """Take flights and fly them, for ever."""
@@ -599,6 +590,7 @@ async def open_fetcher(
     """Run a fetch pipeline over `cache` until the block ends; then all that waits fails with DaemonError."""
     fetcher = Fetcher(cache, settings, swarm, room)
     async with trio.open_nursery() as nursery:
+        fetcher.prefetcher.nursery = nursery
         for number in range(settings.connections):
             nursery.start_soon(_worker, fetcher, number < settings.demand_reserve)
         try:

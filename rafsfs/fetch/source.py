@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
 
 from ..format.chunk_map import ChunkMap
 from ..interfaces import RangedBlobs
-
-QUIET_BYTES: Final = 12 << 20
-"""A stream that began inside a file and is shorter than this is not fetched ahead of: a tensor of 2 MB read through a mapping
-touches up to 7 MiB, since the kernel reads around each fault and ahead of the last one."""
 
 
 @dataclass(frozen=True, slots=True)
