@@ -185,6 +185,10 @@ class Daemon:
         mount = self._mounts.get(params["mount"])
         if mount:
             self._cached_bytes += mount.served(int(params["cache_bytes"]))
+        for space_id, first, stop in params.get("read", ()):
+            space = self._cache.opened_space(bytes(space_id))
+            if space is not None:
+                self._fetcher.prefetcher.touched(space, range(max(0, int(first)), min(int(stop), space.table.count)))
         return {}
 
     async def _mount(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +309,7 @@ class Daemon:
             },
             "mounts": [self._mount_status(mount) for mount in self._mounts.values()],
             "files": self.web_files.describe(),
-            "fetch": dict(self._fetcher.counters),
+            "fetch": dict(self._fetcher.counters) | self._fetcher.prefetcher.figures(),
             "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
         }
 

@@ -170,23 +170,31 @@ class Prefetcher:
 
 def _tensors(space: DataSpace, piece: Piece, size: int) -> TensorFile | None:
     """Return the tensors of a file whose beginning is `piece`; None if it is not weights. In a thread. Raises _AbsentError, FormatError."""
+    absent: list[int] = []
 
     def read(offset: int, length: int) -> bytes:
+        """Return the bytes, fewer where a chunk is not here: a parser reads ahead of what it needs."""
         length = min(length, size - offset)
         if piece.first + offset + length > piece.stop:
             raise FormatError("the header does not lie in one data space")
         found = bytearray()
         for index in space.table.covering(piece.first + offset, length):
             if not space.is_present(index):
-                raise _AbsentError(index)
+                absent.append(index)
+                break
             start, _ = space.table.extent(index)
             low = max(0, piece.first + offset - start)
             found += memoryview(space.read(index))[low : piece.first + offset + length - start]
         return bytes(found)
 
-    head = read(0, min(16, size))
-    if looks_like_safetensors(head, size):
-        return parse_safetensors(read, size)
-    if looks_like_gguf(head):
-        return parse_gguf(read, size)
+    try:
+        head = read(0, min(16, size))
+        if looks_like_safetensors(head, size):
+            return parse_safetensors(read, size)
+        if looks_like_gguf(head):
+            return parse_gguf(read, size)
+    except FormatError:
+        if absent:
+            raise _AbsentError(absent[-1]) from None
+        raise
     return None

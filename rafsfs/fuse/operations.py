@@ -48,8 +48,10 @@ when they are present."""
 Hint = Callable[[int, range, range], None]
 """Tells the daemon that chunks were read which were present, so that it goes on ahead of the reader. Does not wait."""
 
-_LOOK_AHEAD: Final = 8
-"""Chunks behind a read of which one must be missing for the daemon to be told: it then has that long to fetch it."""
+_LOOK_AHEAD: Final = 48
+"""Chunks behind a read of which one must be missing for the daemon to be told: more than its window, so that it keeps that full."""
+_HINT_EVERY: Final = 4
+"""Chunks that a reader may come further before the daemon is told again: a call costs a tenth of what serving a chunk does."""
 
 
 class _File:
@@ -91,6 +93,8 @@ class ImageOperations(pyfuse3.Operations):
         self._failures: dict[tuple[str, int], float] = {}
         self.cache_bytes = 0
         """Bytes served from chunks that were present when they were asked for."""
+        self.touched: list[tuple[int, int, int]] = []
+        """Data space and chunks [first, stop) read for the first time since somebody took this list away."""
 
     async def lookup(self, parent_inode: int, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         """Find a name in a directory; an absent one is remembered by the kernel too."""
@@ -221,9 +225,11 @@ class ImageOperations(pyfuse3.Operations):
                 continue
             view = self._views[extent.space]
             chunks = view.covering(extent.offset + start, length)
+            if view.touch(chunks.start, chunks.stop):
+                self.touched.append((extent.space, chunks.start, chunks.stop))
             if not view.is_present(chunks.start, chunks.stop):
                 missing.append((extent.space, chunks, view.covering(extent.offset, extent.length)))
-            elif file.hinted != (extent.space, chunks.stop):
+            elif file.hinted[0] != extent.space or not 0 <= chunks.stop - file.hinted[1] < _HINT_EVERY:
                 own = view.covering(extent.offset, extent.length)
                 if not view.is_present(chunks.stop, min(own.stop, chunks.stop + _LOOK_AHEAD)):
                     file.hinted = (extent.space, chunks.stop)

@@ -164,15 +164,17 @@ class Worker:
             pause = min(pause * 2, _RECONNECT_S[1])
 
     async def report(self) -> None:
-        """Tell the daemon how much was served from present data, at most every half second."""
+        """Tell the daemon how much was served from present data and what was read, at most every half second."""
         told = 0
         while True:
             await trio.sleep(_REPORT_S)
-            if self.operations.cache_bytes == told or self._connection is None:
+            if (self.operations.cache_bytes == told and not self.operations.touched) or self._connection is None:
                 continue
+            touched, self.operations.touched = self.operations.touched, []
             with suppress(RafsError):
                 served = self.operations.cache_bytes
-                await self._connection.call("served", {"mount": self.spec.id, "cache_bytes": served})
+                read = [(self.views[space].space_id, first, stop) for space, first, stop in touched]
+                await self._connection.call("served", {"mount": self.spec.id, "cache_bytes": served, "read": read})
                 told = served
 
     async def run(self) -> None:

@@ -35,10 +35,18 @@ class SpaceView:
         if size != self.table.count:
             raise FormatError(f"{directory}/present is {size} bytes, expected {self.table.count}")
         self.space_id = bytes.fromhex(os.path.basename(directory))
+        self._touched = bytearray(self.table.count)
 
     def is_present(self, first: int, stop: int) -> bool:
         """Tell whether chunks [first, stop) are all present now: the daemon unmarks one that it finds damaged."""
         return self._present is None or first >= stop or self._present.find(b"\0", first, stop) < 0
+
+    def touch(self, first: int, stop: int) -> bool:
+        """Note that chunks [first, stop) are read; tell whether one of them is for the first time."""
+        if self._touched.find(0, first, stop) < 0:
+            return False
+        self._touched[first:stop] = b"\1" * (stop - first)
+        return True
 
     def covering(self, offset: int, length: int) -> range:
         """Return the chunks that overlap [offset, offset+length)."""
