@@ -91,7 +91,7 @@ class Readahead:
         ahead = (max(stop, stream.ahead_to), min(target, self._size))
         whole = tensor is not None and target == tensor[1]
         if ahead[0] < ahead[1] and (
-            whole or found is None or ahead[1] - ahead[0] >= min(step, limit) or target == own[1]
+            whole or found is None or ahead[1] - ahead[0] >= min(step, limit // 2, stream.length) or target == own[1]
         ):
             spans.insert(0, ahead)
             stream.ahead_to = ahead[1]
