@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "models": "Add and remove models of a pod's dynamic volume.",
     "mount": "Mount an image.",
     "preheat": "Have an image fetched by seeds or all nodes.",
+    "prefetch": "Fetch files of a mount ahead of their reader.",
     "pull": "Fill the node's cache with an image.",
     "scheduler": "Run a scheduler for nodes that share what they fetch.",
     "status": "Show the daemon and its mounts.",

@@ -60,6 +60,7 @@ from .images import OpenedImage, OpenImages
 from .launch import daemon_argv
 from .metrics import NODE
 from .mounts import Mount, rss_bytes
+from .prefetch_calls import PrefetchCalls
 from .protocol import Request
 from .session import PROGRESS_S, Progress, Session, first_error
 from .web_files import WebFiles
@@ -118,6 +119,7 @@ class Daemon:
         self.web_files = WebFiles(cache, fetcher, evictor, swarm)
         self._get_calls = GetCalls(self.web_files, self._images, fetcher, evictor, self._open)
         self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests, self.web_files)
+        self._prefetch_calls = PrefetchCalls(cache, fetcher)
         self._mounting: set[str] = set()
         self._cached_bytes = 0
         self.metrics_port = 0
@@ -152,6 +154,8 @@ class Daemon:
             return await self._pull(request.params, progress)
         if request.method in {"get_file", "get_image"}:
             return await self._get(request, progress)
+        if request.method == "prefetch":
+            return await self._prefetch_path(request.params, progress)
         if request.method == "cache_verify":
             return await self._cache_calls.verify(progress)
         method = methods.get(request.method)
@@ -404,6 +408,17 @@ class Daemon:
             return await call(request.params, _options(request.params), progress)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"call of {request.method} has bad parameters: {error!r}") from error
+
+    async def _prefetch_path(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        where = os.path.abspath(str(params["mountpoint"]))
+        mount = next((mount for mount in self._mounts.values() if mount.spec.mountpoint == where), None)
+        image = self._cache.image(Digest(mount.spec.digest)) if mount is not None else None
+        if mount is None or image is None:
+            raise MountError(f"{where} is not a mount of the daemon of {self._cache.path}; see `rafs status`")
+        try:
+            return await self._prefetch_calls.prefetch(image, params, mount.sources, progress)
+        except BaseExceptionGroup as group:
+            raise first_error(group) from group
 
     async def _report(self, opened: OpenedImage, progress: Progress) -> None:
         while True:

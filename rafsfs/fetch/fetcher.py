@@ -54,6 +54,8 @@ PEERS_COUNTED = 128
 """Peers that a mount names in its figures; a node that restarts has a new address, and a swarm may have thousands."""
 SWARM_BATCHES = 16
 """Batches of a space prefetched at once with a swarm: more than there are workers, since some of them wait for other nodes."""
+PLAN_BATCHES = 8
+"""Batches of a plan on their way at once, of a part of the window each: the order is kept within them."""
 AHEAD_STEPS = 2
 """Parts of the window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -221,6 +223,26 @@ class Fetcher:
                     await self._room.make_room(sum(space.table.extent(index)[1] for index in batch))
                 nursery.start_soon(self._fill, space.space_id, batch, limiter, on_behalf)
                 await limiter.acquire()
+
+    async def prefetch_spans(
+        self, spans: Iterable[tuple[bytes, int, int]], *, on_behalf: Counter[str] | None = None
+    ) -> None:
+        """Fetch (space id, first byte, byte after the last) spans in this order, behind all demand. Raises as `prefetch_all` does.
+
+        At most a window is on its way at once; `spans` is asked for the next only then.
+        """
+        size = max(self.settings.readahead_bytes // PLAN_BATCHES, 1)
+        async with trio.open_nursery() as nursery:
+            limiter = trio.Semaphore(PLAN_BATCHES)
+            for space_id, first, stop in spans:
+                space = self._cache.opened_space(space_id)
+                if space is None:
+                    raise CacheError(f"data space {space_id.hex()[:16]} is not in this cache")
+                for batch in _batches(space, size, space.table.covering(first, stop - first)):
+                    if self._room is not None:
+                        await self._room.make_room(sum(space.table.extent(index)[1] for index in batch))
+                    await limiter.acquire()
+                    nursery.start_soon(self._fill, space_id, batch, limiter, on_behalf)
 
     async def _fill(
         self, space_id: bytes, batch: list[int], limiter: trio.Semaphore, on_behalf: Counter[str] | None
@@ -609,11 +631,11 @@ async def _skip(stream: BlobStream, length: int) -> None:
         await stream.readinto(memoryview(bytearray(length)))
 
 
-def _batches(space: DataSpace, size: int) -> Iterable[list[int]]:
-    """Yield the missing chunks of a space in order, in batches of about `size` bytes."""
+def _batches(space: DataSpace, size: int, chunks: range | None = None) -> Iterable[list[int]]:
+    """Yield the missing chunks of a space, or of `chunks` of it, in order, in batches of about `size` bytes."""
     batch: list[int] = []
     held = 0
-    for index in range(space.table.count):
+    for index in chunks if chunks is not None else range(space.table.count):
         if space.is_present(index):
             continue
         batch.append(index)

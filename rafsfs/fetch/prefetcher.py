@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -24,6 +24,7 @@ from ..weights.gguf import looks_like_gguf, parse_gguf
 from ..weights.safetensors import looks_like_safetensors, parse_safetensors
 from ..weights.tensor import TensorFile
 from .layout import ImageLayout, Piece, SpaceLayout
+from .queue import Priority
 from .readahead import Readahead, Span
 from .waste import AheadAccount
 
@@ -39,6 +40,15 @@ class Window:
 
     limit: int
     step: int
+
+
+class ChunkGetter(Protocol):
+    """What gets chunks: the fetcher."""
+
+    async def ensure(
+        self, space_id: bytes, chunks: Sequence[int], *, priority: Priority, on_behalf: Counter[str] | None
+    ) -> None:
+        """Return when all of `chunks` are present."""
 
 
 class _AbsentError(Exception):
@@ -197,4 +207,21 @@ def _tensors(space: DataSpace, piece: Piece, size: int) -> TensorFile | None:
         if absent:
             raise _AbsentError(absent[-1]) from None
         raise
+    return None
+
+
+async def header_of(
+    fetcher: ChunkGetter, space: DataSpace, first: int, stop: int, size: int, on_behalf: Counter[str]
+) -> TensorFile | None:
+    """Return the tensors of a file that begins at [first, stop) of a space, its header fetched as far as needed; None if it has none."""
+    piece = Piece(first, stop, 0, 0)
+    wanted = space.table.find(first)
+    while wanted < space.table.count:
+        await fetcher.ensure(space.space_id, [wanted], priority=Priority.PREFETCH, on_behalf=on_behalf)
+        try:
+            return await trio.to_thread.run_sync(_tensors, space, piece, size)
+        except _AbsentError as absent:
+            wanted = absent.chunk
+        except FormatError:
+            return None
     return None
