@@ -127,6 +127,11 @@ class Prefetcher:
             if piece is not None and layout is not None:
                 self._look(space, layout, piece)
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether a header is being read right now."""
+        return bool(self._busy)
+
     def figures(self) -> dict[str, int]:
         """Return bytes asked for ahead of readers, and how many of those were read, and were not, since the daemon started."""
         accounts = [account for _, account in self._readers.values()]

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import trio.testing
+import trio
 
 from builder.build import BuildOptions, build_image
 from rafsfs.errors import FormatError
@@ -46,7 +46,10 @@ class Node:
 
     async def read(self, offset: int, length: int = 4096) -> None:
         await self.fetcher.ensure(self.space.space_id, self.space.table.covering(self.start + offset, length))
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        with trio.fail_after(20):
+            # A hop to a thread counts as blocked, so `wait_all_tasks_blocked` would be too early.
+            while self.fetcher.prefetcher.is_learning or any(self.fetcher.depths().values()):
+                await trio.sleep(0.005)
 
     def present(self, tensor: Tensor) -> bool:
         return not self.space.missing(self.space.table.covering(self.start + tensor.offset, tensor.length))
