@@ -89,7 +89,7 @@ class Readahead:
             stream.length += max(stop - first, stop - stream.stop)  # what it skipped inside its window was read unseen
             target = self._target(stream, stop, own, limit, tensor, following)
         ahead = (max(stop, stream.ahead_to), min(target, self._size))
-        whole = tensor is not None and target == tensor[1]
+        whole = target == stream.home
         if ahead[0] < ahead[1] and (
             whole or found is None or ahead[1] - ahead[0] >= min(step, limit // 2, stream.length) or target == own[1]
         ):
@@ -107,7 +107,7 @@ class Readahead:
         proven = stop > stream.home + MARGIN_BYTES if tensor is not None else stream.length > stream.quiet
         if proven or stream.files > 1:
             return min(stop + window, max(own[1], following) if stream.files > 1 else own[1])
-        return min(tensor[1], stop + limit) if tensor is not None else stop
+        return min(stream.home, stop + limit)
 
     def _find(self, first: int, stop: int, own: Span) -> _Stream | None:
         """Take out the stream that a demand continues: at its end, overlapping it, inside its window, or in the next file."""
