@@ -8,7 +8,7 @@ import click
 
 from rafsfs import logs
 from rafsfs.daemon.launch import connect
-from rafsfs.daemon.server import DaemonSettings, run_daemon
+from rafsfs.daemon.server import DaemonSettings, MirrorSettings, run_daemon
 from rafsfs.errors import DaemonError
 from rafsfs.fetch.source import FetchSettings
 
@@ -71,6 +71,28 @@ _STOP_S: Final = 60.0
     metavar="HOST:PORT",
     help="Serve /metrics for Prometheus and /healthz there, to whoever can reach it: 127.0.0.1 is advised.  [default: not served]",
 )
+@option(
+    "--mirror",
+    envvar="RAFS_MIRROR",
+    default="",
+    metavar="HOST:PORT",
+    help="Be a mirror of registries there, for containerd, docker and podman; 127.0.0.1 is advised.  [default: none]",
+)
+@option(
+    "--mirror-default",
+    envvar="RAFS_MIRROR_DEFAULT",
+    default="",
+    metavar="REGISTRY",
+    help="Registry of clients of the mirror that name none.  [default: they are refused]",
+)
+@option(
+    "--mirror-registry",
+    "mirror_registries",
+    envvar="RAFS_MIRROR_REGISTRY",
+    multiple=True,
+    metavar="REGISTRY",
+    help="Mirror this registry only; repeatable.  [default: all but those on this node]",
+)
 @swarm_options
 @registry_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
@@ -108,6 +130,14 @@ def command(
         quota=quota_of(quota, cache_dir, is_seed=swarm.seed),
     )
     run_async(run_daemon, cache_dir, settings)
+
+
+def _mirror(options: dict[str, Any]) -> MirrorSettings | None:
+    listen, default, registries = (options[name] for name in ("mirror", "mirror_default", "mirror_registries"))
+    if not listen:
+        return None
+    host, port = split_address(listen, "--mirror")
+    return MirrorSettings(host, port, default.lower(), tuple(name.lower() for name in registries))
 
 
 async def _stop(cache_dir: str, unmount: bool) -> None:

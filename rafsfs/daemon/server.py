@@ -73,6 +73,18 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
+class MirrorSettings:
+    """What a mirror is run with."""
+
+    host: str
+    port: int
+    default: str = ""
+    """Registry for clients that name none."""
+    registries: tuple[str, ...] = ()
+    """Registries that are mirrored; none: all but those on the node itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """What a daemon is run with."""
 
@@ -81,6 +93,8 @@ class DaemonSettings:
     """Makes the peer of this node; None: a node by itself."""
     registry: RegistryOptions = field(default_factory=RegistryOptions)
     """How registries are reached for images that nobody here has named: those that a scheduler wants filled."""
+    mirror: MirrorSettings | None = None
+    """Where registries are mirrored for programs that know nothing of us; None: nowhere."""
     keeps_images: bool = False
     """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
     metrics: tuple[str, int] | None = None
@@ -625,6 +639,8 @@ async def _run(
         await trio.to_thread.run_sync(daemon.web_files.records.prepare)
         if settings.metrics is not None:
             daemon.metrics_port = await _serve_metrics(daemon, nursery, *settings.metrics)
+        if settings.mirror is not None:
+            await _start_mirror(nursery, daemon, settings, settings.mirror)
         nursery.start_soon(daemon.sync_for_ever)
         nursery.start_soon(trio.serve_listeners, daemon.serve, [listener])
         nursery.start_soon(_stop_on_signal, daemon)
@@ -661,6 +677,23 @@ async def _warm_up() -> None:
         importlib.import_module("numpy")
 
     await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+
+
+async def _start_mirror(
+    nursery: trio.Nursery, daemon: Daemon, settings: DaemonSettings, wanted: MirrorSettings
+) -> None:
+    """Serve as a mirror of registries. Raises UsageError if the port cannot be had."""
+    from ..mirror.pages import Mirror  # noqa: PLC0415 - most nodes are none
+    from ..net.http_server import HttpServer  # noqa: PLC0415
+
+    mirror = Mirror(daemon.web_files, settings.registry, wanted.default, wanted.registries)
+    await nursery.start(mirror.run)
+    server = HttpServer(mirror.handle, methods=frozenset({"GET", "HEAD"}))
+    try:
+        port = await nursery.start(server.serve, wanted.host, wanted.port)
+    except OSError as error:
+        raise UsageError(f"the mirror cannot listen on {wanted.host}:{wanted.port}: {error}") from error
+    _log.info("mirror serves: host=%s port=%d default=%s", wanted.host, port, wanted.default or "none")
 
 
 async def _stop_on_signal(daemon: Daemon) -> None:

@@ -18,7 +18,7 @@ import trio
 from ..errors import RemoteError, UsageError
 from ..fetch.fetcher import Fetcher
 from ..files.identity import Validator, parse_headers
-from ..files.origin_file import ChangedError, OriginFile
+from ..files.origin_file import ChangedError, Origin, OriginFile
 from ..files.plan import digests_of, plan_file
 from ..files.record import FileRecord, FileRecords, checked_key
 from ..files.transfer import DisagreementError, Transfer, WebFile, first_of
@@ -54,7 +54,6 @@ class WebFiles:
         name, value = params["validator"]
         shared = bool(params["shared"]) and self._swarm is not None and self._swarm.is_active
         sources: Counter[str] = Counter()
-        reason = ""
         origin = await trio.to_thread.run_sync(
             _origin,
             str(params["url"]),
@@ -63,19 +62,7 @@ class WebFiles:
             (Validator(str(name), str(value)), file.plan.length),
         )
         try:
-            async with file.lock:
-                if not shared:
-                    self._drop_foreign(file)
-                file.record.shared = file.record.shared or shared
-                try:
-                    await self._transfer(file, origin, self._swarm if shared else None, sources, progress)
-                except DisagreementError as error:
-                    # Its server is the one to be believed. What it gave this node stays.
-                    _log.warning("file is not shared any more: url=%s cause=%s", file.record.url, error)
-                    reason = "other nodes say that it is something else than its server gives"
-                    shared = file.record.shared = False
-                    self._drop_foreign(file)
-                    await self._transfer(file, origin, None, sources, progress)
+            shared, reason = await self._get(file, origin, sources, progress, shared=shared)
         finally:
             origin.close()
         return {
@@ -86,6 +73,16 @@ class WebFiles:
             "reason": reason,
             "sources": dict(sources),
         }
+
+    async def fetch_from(self, file: WebFile, origin: Origin) -> None:
+        """Get a file into the cache whose bytes come from elsewhere than a plain URL: shared if there is a swarm. Raises RafsError."""
+        shared = self._swarm is not None and self._swarm.is_active
+        await self._get(file, origin, Counter(), lambda event: None, shared=shared)
+
+    def disbelieve(self, file: WebFile) -> None:
+        """Forget what other nodes said of a file, and believe them no more. No checkpoint."""
+        file.record.shared = False
+        self._drop_foreign(file)
 
     async def open(self, params: dict[str, Any]) -> WebFile:
         """Return a file, one more user; what is here of it from earlier is opened. Give it back by `close`."""
@@ -149,10 +146,29 @@ class WebFiles:
                 found = True
         return found
 
+    async def _get(
+        self, file: WebFile, origin: Origin, sources: Counter[str], progress: Progress, *, shared: bool
+    ) -> tuple[bool, str]:
+        """Get all of a file; return whether it is shared, and why not if it was to be."""
+        async with file.lock:
+            if not shared:
+                self._drop_foreign(file)
+            file.record.shared = file.record.shared or shared
+            try:
+                await self._transfer(file, origin, self._swarm if shared else None, sources, progress)
+            except DisagreementError as error:
+                # Its server is the one to be believed. What it gave this node stays.
+                _log.warning("file is not shared any more: url=%s cause=%s", file.record.url, error)
+                file.record.shared = False
+                self._drop_foreign(file)
+                await self._transfer(file, origin, None, sources, progress)
+                return False, "other nodes say that it is something else than its server gives"
+        return shared, ""
+
     # ---- inside --------------------------------------------------------------------------------------------------
 
     async def _transfer(
-        self, file: WebFile, origin: OriginFile, swarm: Swarm | None, sources: Counter[str], progress: Progress
+        self, file: WebFile, origin: Origin, swarm: Swarm | None, sources: Counter[str], progress: Progress
     ) -> None:
         transfer = Transfer(
             file,

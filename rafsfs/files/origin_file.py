@@ -13,9 +13,9 @@ import random
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -33,6 +33,13 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 MAX_REDIRECTS: Final = 8
 _EXPIRED: Final = frozenset({400, 401, 403, 404, 410})
 """What a redirect's end answers when it was good only for a while."""
+
+
+class Origin(Protocol):
+    """Where the bytes of one version of a file are; named by `str`."""
+
+    def open_range(self, digest: Digest | None, offset: int, length: int) -> AbstractAsyncContextManager[BlobStream]:
+        """Open bytes [offset, offset+length)."""
 
 
 class ChangedError(RemoteError):

@@ -17,7 +17,7 @@ from ..errors import UnavailableError
 from ..fetch.buffers import BufferPool
 from ..format.codec import chunk_digest
 from ..store.data_space import write_error
-from .origin_file import OriginFile
+from .origin_file import Origin
 from .plan import FilePlan
 
 _BREAKS: Final = 4
@@ -25,7 +25,7 @@ _BREAKS: Final = 4
 
 
 async def fetch_section(
-    origin: OriginFile,
+    origin: Origin,
     plan: FilePlan,
     section: int,
     path: str,
@@ -63,7 +63,7 @@ async def fetch_section(
 
 
 async def _read_on(
-    origin: OriginFile,
+    origin: Origin,
     plan: FilePlan,
     extent: tuple[int, int],
     fd: int,

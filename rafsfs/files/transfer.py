@@ -35,7 +35,7 @@ from ..interfaces import Room, SectionRuling, Swarm
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from ..types import Digest
-from .origin_file import OriginFile
+from .origin_file import Origin
 from .plan import FilePlan, digests_of
 from .record import FileRecord, FileRecords
 from .section import fetch_section
@@ -110,7 +110,7 @@ class Transfer:
     def __init__(
         self,
         file: WebFile,
-        origin: OriginFile,
+        origin: Origin,
         *,
         cache: Cache,
         fetcher: Fetcher,

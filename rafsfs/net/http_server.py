@@ -44,6 +44,8 @@ class Request:
     method: str = "GET"
     body: bytes = b""
     """Empty where the server takes GET alone."""
+    query: str = ""
+    """What stands behind `?`, as sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class Answer:
     status: int
     body: Body = b""
     headers: Mapping[str, str] = field(default_factory=dict)
+    length: int | None = None
+    """Of a streamed body, if it is known; of the answer to a HEAD."""
 
 
 Handler = Callable[[Request], Awaitable[Answer]]
@@ -161,6 +165,7 @@ class _Connection:
         self._handler = handler
         self._pace = pace
         self._methods = methods
+        self._is_head = False
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=_MOST_HEAD)
 
     async def run(self) -> None:
@@ -173,8 +178,9 @@ class _Connection:
             if scope.cancelled_caught or not isinstance(event, h11.Request):
                 return
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
-            path = event.target.decode("latin-1").partition("?")[0]
+            path, _, query = event.target.decode("latin-1").partition("?")
             method = event.method.decode("latin-1")
+            self._is_head = method == "HEAD"
             body = bytearray()
             with trio.move_on_after(_HEAD_S) as scope:
                 while not isinstance(part := await self._next(), h11.EndOfMessage | h11.ConnectionClosed):
@@ -188,7 +194,7 @@ class _Connection:
             if method not in self._methods:
                 await self._send(Answer(405, f"only {', '.join(sorted(self._methods))}\n".encode()))
             else:
-                await self._send(await self._handler(Request(path, headers, peer, method, bytes(body))))
+                await self._send(await self._handler(Request(path, headers, peer, method, bytes(body), query)))
             if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
                 return
             self._h11.start_next_cycle()
@@ -202,17 +208,22 @@ class _Connection:
             return event
 
     async def _send(self, answer: Answer) -> None:
-        body = answer.body
+        body, given = answer.body, answer.body
         headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         try:
-            if isinstance(body, bytes | FileRange):
-                length = len(body) if isinstance(body, bytes) else body.length
+            length = (
+                len(body) if isinstance(body, bytes) else body.length if isinstance(body, FileRange) else answer.length
+            )
+            if self._is_head:
+                length = answer.length if answer.length is not None else length
+                body = b""
+            if length is not None:
                 headers.append((b"Content-Length", b"%d" % length))
             else:
                 headers.append((b"Transfer-Encoding", b"chunked"))
             await self._write(self._h11.send(h11.Response(status_code=answer.status, headers=headers)) or b"")
             if isinstance(body, bytes):
-                await self._write(self._h11.send(h11.Data(data=body)) or b"")
+                await self._write(self._h11.send(h11.Data(data=body)) or b"" if body else b"")
             elif isinstance(body, FileRange):
                 # h11 counts the bytes; they go past it.
                 self._h11.send_with_data_passthrough(h11.Data(data=_Length(body.length)))  # type: ignore[arg-type]
@@ -222,12 +233,12 @@ class _Connection:
                     await self._write(self._h11.send(h11.Data(data=part)) or b"")
             await self._write(self._h11.send(h11.EndOfMessage()) or b"")
         finally:
-            if isinstance(body, FileRange):
-                body.released()
-            elif isinstance(body, AsyncGenerator):
+            if isinstance(given, FileRange):
+                given.released()
+            elif isinstance(given, AsyncGenerator):
                 # Not left to the garbage collector: what it holds (a subscriber of news) would go on growing.
                 with trio.CancelScope(shield=True):
-                    await body.aclose()
+                    await given.aclose()
 
     async def _write(self, data: bytes) -> None:
         if data:
