@@ -126,6 +126,7 @@ def command(
         swarm=swarm_factory(swarm),
         registry=take_registry_options(options),
         keeps_images=swarm.seed,
+        mirror=_mirror(options),
         metrics=split_address(metrics, "--metrics") if metrics else None,
         quota=quota_of(quota, cache_dir, is_seed=swarm.seed),
     )

@@ -15,6 +15,7 @@ needs=(
   "docker-registry:/usr/bin/docker-registry"
   "erofs-utils:/usr/bin/fsck.erofs"
   "skopeo:/usr/bin/skopeo"
+  "containerd:/usr/bin/containerd"
   "rsync:/usr/bin/rsync"
   "attr:/usr/bin/getfattr"
   "acl:/usr/bin/getfacl"

@@ -19,6 +19,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,7 +40,7 @@ from ..files.transfer import WebFile
 from ..net.http_server import Answer, Request
 from ..registry.options import RegistryOptions
 from ..types import Digest
-from .request import MirrorRequest, parse_range, parse_request
+from .request import MirrorRequest, parse_range, parse_registry, parse_request
 from .upstream import BlobOrigin, RefusedError, Upstreams, error_body
 
 _log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Mirror:
         try:
             wanted = parse_request(request.path, request.query, self._default)
             if wanted is None:
-                return Answer(200, b"{}", {**_JSON, "Docker-Distribution-Api-Version": "registry/2.0"})
+                return await self._base(request)
             if self._allowed and wanted.registry not in self._allowed:
                 raise UsageError(f"this mirror is not for {wanted.registry}")
             target = self._upstreams.target(wanted)
@@ -107,6 +108,16 @@ class Mirror:
             # The client turns to the registry itself: that is what mirrors are like.
             _log.warning("mirror cannot serve: path=%s cause=%s", request.path, error)
             return Answer(502, error_body("UNAVAILABLE", str(error)), _JSON)
+
+    async def _base(self, request: Request) -> Answer:
+        """Answer `/v2/` as the registry does: some clients learn there how it wants to be asked, and ask nothing else without."""
+        registry = parse_registry(request.query, self._default)
+        if registry and (not self._allowed or registry in self._allowed):
+            target = self._upstreams.base(registry)
+            if not target.origin.is_loopback or registry in self._allowed:
+                with suppress(UnavailableError):
+                    await self._upstreams.check(target, request.headers.get("authorization"))
+        return Answer(200, b"{}", {**_JSON, "Docker-Distribution-Api-Version": "registry/2.0"})
 
     async def _manifest(self, request: Request, wanted: MirrorRequest) -> Answer:
         target = self._upstreams.target(wanted)

@@ -53,14 +53,25 @@ def parse_request(path: str, query: str, default: str) -> MirrorRequest | None:
             raise UsageError(str(error)) from None
     elif is_blob or not is_tag(reference):
         raise UsageError("expected a tag or a sha256 digest")
-    named = [value for name, value in parse_qsl(query, max_num_fields=16) if name == "ns"]
-    registry = named[0] if named else default
-    if not registry or not _HOST.match(registry):
+    registry = parse_registry(query, default)
+    if not registry:
         raise UsageError("no registry is meant: expected ns=REGISTRY, or a mirror that was started with a default")
     parse_reference(
         f"{registry if '.' in registry or ':' in registry or registry == 'localhost' else registry + '.'}/a"
     )
-    return MirrorRequest(registry.lower(), match["name"], reference, is_blob)
+    return MirrorRequest(registry, match["name"], reference, is_blob)
+
+
+def parse_registry(query: str, default: str) -> str:
+    """Return the registry that a query names, else the default; empty if there is none. Raises UsageError."""
+    try:
+        named = [value for name, value in parse_qsl(query, max_num_fields=16) if name == "ns"]
+    except ValueError:
+        raise UsageError("the query has too many fields") from None
+    registry = (named[0] if named else default).lower()
+    if registry and not _HOST.match(registry):
+        raise UsageError(f"{registry[:60]!r} is no registry")
+    return registry
 
 
 def parse_range(text: str | None, length: int) -> tuple[int, int] | None:

@@ -66,11 +66,24 @@ class Upstreams:
 
     def target(self, wanted: MirrorRequest) -> Target:
         """Return the URL of what is wanted. Raises ValueError."""
-        host, repository = wanted.registry, wanted.repository
-        if host in DOCKER_HUB:
-            host = "registry-1.docker.io"
-            repository = repository if "/" in repository else f"library/{repository}"
-        path = f"{host}/v2/{repository}/{'blobs' if wanted.is_blob else 'manifests'}/{wanted.reference}"
+        repository = wanted.repository
+        if wanted.registry in DOCKER_HUB and "/" not in repository:
+            repository = f"library/{repository}"
+        return self._url(
+            wanted.registry, f"{repository}/{'blobs' if wanted.is_blob else 'manifests'}/{wanted.reference}"
+        )
+
+    def base(self, registry: str) -> Target:
+        """Return the URL of a registry's API. Raises ValueError."""
+        return self._url(registry, "")
+
+    async def check(self, target: Target, authorization: str | None) -> None:
+        """Ask whether a registry's API may be used. Raises RefusedError, RemoteError."""
+        async with self.ask(target, _auth(authorization)):
+            pass
+
+    def _url(self, registry: str, rest: str) -> Target:
+        path = f"{'registry-1.docker.io' if registry in DOCKER_HUB else registry}/v2/{rest}"
         target = parse_url(f"https://{path}")
         if self._options.plain_http or (target.origin.is_loopback and not self._options.asks_for_tls):
             target = parse_url(f"http://{path}")

@@ -177,7 +177,10 @@ class _Connection:
                 event = await self._next()
             if scope.cancelled_caught or not isinstance(event, h11.Request):
                 return
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
+            headers: dict[str, str] = {}
+            for name, value in event.headers:  # a field that comes more than once is a list (RFC 9110, 5.3)
+                key, text = name.decode("latin-1"), value.decode("latin-1")
+                headers[key] = f"{headers[key]}, {text}" if key in headers else text
             path, _, query = event.target.decode("latin-1").partition("?")
             method = event.method.decode("latin-1")
             self._is_head = method == "HEAD"
