@@ -33,6 +33,7 @@ _RANKS: Final = {
     "files": 6,
     "fuse": 7,
     "daemon": 7,
+    "mirror": 7,
     "csi": 8,
 }
 _NO_IO: Final = {
