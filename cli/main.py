@@ -19,6 +19,7 @@ from rafsfs.siblings import check_siblings
 from .run import report, say, single
 
 COMMANDS: Final = {
+    "bench": "Tell how fast models are read here, with the local disk beside.",
     "build": "Build a directory into an image and push it.",
     "cache": "See and manage the node's cache.",
     "cat": "Print a file of an image.",

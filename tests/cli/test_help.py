@@ -13,7 +13,7 @@ from cli.main import COMMANDS, main
 
 ACTIONS = {("daemon", "--stop"), ("daemon", "--unmount")}
 """Options that do something once; in the environment they would do it to every daemon that is started."""
-RESERVED = {"convert", "index", "bench", "trace"}
+RESERVED = {"convert", "index", "trace"}
 
 
 def all_commands() -> Iterator[tuple[str, click.Command]]:
