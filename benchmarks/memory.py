@@ -45,12 +45,12 @@ def run(setting: Setting) -> list[Row]:
     """Measure."""
     rows = []
     with setting.node() as node:
-        mounted = node.mount(setting.weights_ref)
+        mounted = node.mount(setting.weights_ref, "mnt", "--mode", "fuse")
         chunks = int(node.json("inspect", setting.weights_ref)["chunks"])
         read_all(files_below(mounted))
         rows += _processes(node, chunks, "after reading the weights")
     with setting.node() as node:
-        mounted = node.mount(setting.large_ref)
+        mounted = node.mount(setting.large_ref, "mnt", "--mode", "fuse")
         with (mounted / "model-00003.safetensors").open("rb") as file:
             file.read(64 * MIB)
         rows += _processes(node, 102_400, "100 GiB mounted, 64 MiB of it read")

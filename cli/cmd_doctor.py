@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from rafsfs.config import load_config
+from rafsfs.erofs.probe import probe
 from rafsfs.errors import RafsError
-from rafsfs.fuse.mountpoint import check_fuse, may_allow_other
+from rafsfs.fuse.mountpoint import check_fuse, may_allow_other, why_no_fuse
 from rafsfs.registry.credentials import docker_config_dir, find_credential
 from rafsfs.registry.reference import parse_reference
 from rafsfs.registry.store import RegistryOptions
@@ -25,6 +26,13 @@ from .output import existing_parent, print_json, print_table, size
 from .run import run_async
 from .settings import check_config
 from .wiring import opened
+
+_MODES: Final = {
+    "erofs": "complete images are read by the kernel alone",
+    "lazy": "incomplete images are read by the kernel, what is missing through a flat server",
+    "fuse": "images are served as a tree by pyfuse3",
+    "kernel": "incomplete images are read by the kernel alone, fanotify asks for what is missing",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,8 @@ def command(ref: str | None, cache_dir: str, as_json: bool, **options: Any) -> i
     Example: rafs doctor registry.example/models/llama:v1
     """
     registry = take_registry_options(options)
-    findings = [check() for check in (_fuse, _fusermount, _allow_other, _kernel, _erofs)]
+    findings = [check() for check in (_fuse, _fusermount, _allow_other, _kernel)]
+    findings += _modes(cache_dir)
     findings += _cache(cache_dir)
     findings += [_docker_config(registry), _config()]
     if ref:
@@ -98,10 +107,12 @@ def _kernel() -> Finding:
     return Finding("kernel", version >= (4, 20), f"Linux {release}", "FUSE as it is used here needs Linux 4.20")
 
 
-def _erofs() -> Finding:
-    known = any(line.split()[-1:] == ["erofs"] for line in _lines("/proc/filesystems"))
-    detail = "the kernel can mount EROFS" if known else "the kernel has no EROFS (or its module is not loaded)"
-    return Finding("EROFS", known, detail, "not needed by this version: it mounts by FUSE", required=False)
+def _modes(cache_dir: str) -> Iterator[Finding]:
+    """Try each rung of the ladder of mount modes where the cache is or would be."""
+    ladder = probe(existing_parent(cache_dir), why_no_fuse())
+    for name, rung in ladder.rungs.items():
+        remedy = "see docs/modes.md; `--mode auto` takes the best there is"
+        yield Finding(f"mode {name}", rung.available, rung.reason or _MODES[name], remedy, required=False)
 
 
 def _cache(cache_dir: str) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
@@ -13,8 +13,6 @@ from rafsfs import logs
 from rafsfs.daemon.connection import Connection, open_connection
 from rafsfs.daemon.launch import connect
 from rafsfs.errors import DaemonError, RafsError
-from rafsfs.fuse.mountpoint import unmount
-from rafsfs.fuse.spec import load_specs
 
 from .options import (
     DurationType,
@@ -29,15 +27,10 @@ from .options import (
     take_registry_options,
 )
 from .output import print_json
-from .process import wait_ended
 from .run import run_async
 
 if TYPE_CHECKING:
     from rafsfs.daemon.server import Daemon
-
-
-_WORKER_END_S: Final = 5.0
-"""How long a worker may take to end when its mount has been taken away."""
 
 
 @click.command("mount")
@@ -46,10 +39,10 @@ _WORKER_END_S: Final = 5.0
 @option(
     "--mode",
     envvar="RAFS_MODE",
-    type=click.Choice(["auto", "fuse"]),
+    type=click.Choice(["auto", "fuse", "erofs", "lazy", "kernel"]),
     default="auto",
     show_default=True,
-    help="How the kernel gets at the image; this version has FUSE.",
+    help="How the kernel gets at the image; see `rafs doctor` for what this machine has.",
 )
 @option(
     "--prefetch",
@@ -130,28 +123,16 @@ async def _foreground(cache_dir: str, params: dict[str, Any]) -> None:
         await run_daemon(cache_dir, settings, ready=ready)
     if failure:
         raise failure[0]
-    await _take_away(cache_dir, params["mountpoint"])
 
 
 async def _mount_in(cache_dir: str, params: dict[str, Any], daemon: Daemon, failure: list[RafsError]) -> None:
-    """Ask the daemon of this very process for the mount; a failure ends the daemon."""
+    """Ask the daemon of this very process for the mount, which goes when it ends; a failure ends it."""
+    daemon.taken_away_at_end.add(params["mountpoint"])
     try:
         await _mount(cache_dir, params)
     except RafsError as error:
         failure.append(error)
         daemon.stop_requested.set()
-
-
-async def _take_away(cache_dir: str, mountpoint: str) -> None:
-    """Unmount what this process mounted; mounts of others that its daemon looked after stay up."""
-    specs = [spec for spec in load_specs(os.path.abspath(cache_dir)) if spec.mountpoint == mountpoint]
-    for spec in specs:
-        spec.remove()
-    await trio.to_thread.run_sync(lambda: unmount(mountpoint, lazy=True))
-    for spec in specs:
-        # A worker ends when its mount has gone.
-        if spec.worker_alive() and not await wait_ended(spec.worker_pid, _WORKER_END_S):
-            os.kill(spec.worker_pid, signal.SIGKILL)
 
 
 async def _hold(connection: Connection, params: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def command(cache_dir: str, as_json: bool, metrics: bool) -> None:
                 mount["mountpoint"],
                 mount["ref"],
                 mount["mode"],
-                mount["state"] + (f" ({mount['reason']})" if mount["reason"] else ""),
+                mount["state"] + _why(mount),
                 f"{size(mount['present_bytes'])} of {size(mount['data_bytes'])}",
                 " ".join(f"{name} {size(count)}" for name, count in sources.items() if count) or "-",
             )
@@ -80,6 +80,12 @@ def _most(peers: dict[str, int]) -> str:
 async def _metrics(cache_dir: str) -> str:
     async with connect(cache_dir, start=False) as connection:
         return str((await connection.call("metrics", {}))["text"])
+
+
+def _why(mount: dict[str, Any]) -> str:
+    """Return what is wrong with a mount, or why it is not mounted in a better mode."""
+    reasons = [mount[name] for name in ("reason", "why") if mount[name]]
+    return f" ({'; '.join(reasons)})" if reasons else ""
 
 
 async def _status(cache_dir: str) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
+from typing import Final
 
 import click
 
@@ -14,6 +16,9 @@ from rafsfs.fuse.spec import load_specs
 
 from .options import cache_dir_option, mountpoint_of, option
 from .run import run_async
+
+_OURS: Final = re.compile(r"rafs:|/.*/images/[0-9a-f]{64}/bootstrap\.erofs\Z")
+"""What the kernel's table names as the source of a mount of ours: by FUSE, by EROFS."""
 
 
 @click.command("umount")
@@ -31,7 +36,7 @@ def command(directory: str, lazy: bool, cache_dir: str) -> None:
 async def _umount(mountpoint: str, lazy: bool, cache_dir: str) -> None:
     recorded = any(spec.mountpoint == mountpoint for spec in load_specs(os.path.abspath(cache_dir)))
     source = mount_source(mountpoint)
-    if not recorded and not (source or "").startswith("rafs:"):
+    if not recorded and not _OURS.match(source or ""):
         raise MountError(f"{mountpoint} is not a rafs mount; see `rafs status`")
     with suppress(DaemonError):
         async with connect(cache_dir, start=recorded) as connection:

@@ -157,6 +157,11 @@ class OpenImages:
         self._cache.note_reference(image, name)
         return image
 
+    def share(self, opened: OpenedImage) -> None:
+        """Put one more user on an image that is open. No checkpoint."""
+        opened.users += 1
+        self._cache.acquire(opened.source.spaces)
+
     def keep(self, opened: OpenedImage) -> None:
         """Leave an image open when its last user goes, for others to fetch it from here. No checkpoint."""
         opened.is_kept = True

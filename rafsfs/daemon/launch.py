@@ -7,56 +7,20 @@ CacheBusyError's code), and that a start that fails says why, from the daemon's 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
 
-from ..errors import CacheBusyError, CacheError, DaemonError
+from ..errors import CacheBusyError, DaemonError
 from .connection import Connection, open_connection, open_socket
+from .spawn import daemon_argv, spawn_daemon
 
-_LOG_LIMIT: Final = 16 << 20
-"""Bytes of a log that is put aside at the next start, over the one before; so a cache directory holds two at most."""
+__all__ = ["connect", "daemon_argv", "spawn_daemon", "start_daemon"]
+
 _START_LIMIT_S: Final = 30.0
 """A daemon that re-hashes chunks after a crash answers before it does so; this covers a slow interpreter start."""
-
-
-def daemon_argv(cache_dir: str) -> list[str]:
-    """Return the command that runs the daemon of a cache directory."""
-    return [sys.executable, "-m", "rafsfs", "daemon", "--cache-dir", os.path.abspath(cache_dir)]
-
-
-def spawn_daemon(cache_dir: str, argv: Sequence[str] | None = None) -> subprocess.Popen[bytes]:
-    """Start a daemon in a session of its own, its log appended to CACHE/daemon.log; a long log is put aside first."""
-    try:
-        os.makedirs(cache_dir, mode=0o700, exist_ok=True)
-        _put_long_log_aside(os.path.join(cache_dir, "daemon.log"))
-        log = os.open(
-            os.path.join(cache_dir, "daemon.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
-    except OSError as error:
-        raise CacheError(f"cache directory {cache_dir}: {error.strerror}") from error
-    try:
-        return subprocess.Popen(
-            list(argv or daemon_argv(cache_dir)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            close_fds=True,
-            cwd="/",
-        )
-    finally:
-        os.close(log)
-
-
-def _put_long_log_aside(path: str) -> None:
-    with suppress(FileNotFoundError):
-        if os.path.getsize(path) > _LOG_LIMIT:
-            os.replace(path, f"{path}.1")
 
 
 async def start_daemon(cache_dir: str, argv: Sequence[str] | None = None) -> None:

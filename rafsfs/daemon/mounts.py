@@ -24,14 +24,17 @@ from ..errors import FuseError, MountError, RafsError
 from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, set_read_ahead, unmount
 from ..fuse.spec import MountSpec, process_start
+from ..store.data_space import DataSpace
+from .spawn import spawn_detached
 
 _log = logging.getLogger(__name__)
 
 _READY_S: Final = 30.0
 """A worker that has not mounted by then is given up."""
 _RESTARTS: Final = 5
-"""Deaths within `_CALM_S` after which a mount is left failed: it would only burn the node."""
-_CALM_S: Final = 60.0
+"""Deaths in a row, each soon after the start, after which a mount is left failed: it would only burn the node."""
+_LIVED_S: Final = 1.0
+"""A worker that served so long before it died does not count as one of those."""
 
 
 class Mount:
@@ -50,10 +53,11 @@ class Mount:
         self.stopping = False
         self._log_path = log_path
         self._served_before = 0
+        self._ready_at = 0.0
 
     async def supervise(self) -> None:
         """Keep a worker running until `stop`, or until it dies too often."""
-        deaths: list[float] = []
+        deaths = 0
         try:
             while not self.stopping:
                 if self.spec.worker_alive():
@@ -63,14 +67,14 @@ class Mount:
                 await self._watch()
                 if self._is_stopping():
                     break
-                now = trio.current_time()
-                deaths = [*(death for death in deaths if now - death < _CALM_S), now]
+                lived_s = trio.current_time() - self._ready_at if self.ready.is_set() else 0.0
+                deaths = 1 if lived_s >= _LIVED_S else deaths + 1
                 await trio.to_thread.run_sync(self._detach)
                 if not self.ready.is_set():
                     self._fail(f"the worker ended before it had mounted: {self._last_words()}")
                     return
-                if len(deaths) >= _RESTARTS:
-                    self._fail(f"the worker died {len(deaths)} times in {_CALM_S:g} s: {self._last_words()}")
+                if deaths >= _RESTARTS:
+                    self._fail(f"the worker died {deaths} times in a row: {self._last_words()}")
                     return
                 _log.warning(
                     "worker died, mounting again: mountpoint=%s pid=%d", self.spec.mountpoint, self.spec.worker_pid
@@ -78,7 +82,7 @@ class Mount:
                 self.state = "restarting"
                 self._served_before += self.cache_bytes
                 self.cache_bytes = 0
-                await trio.sleep(0.05 * 2 ** (len(deaths) - 1))
+                await trio.sleep(0.05 * 2 ** (deaths - 1))
         except RafsError as error:
             self._fail(str(error))
         finally:
@@ -87,7 +91,18 @@ class Mount:
     def _is_stopping(self) -> bool:
         return self.stopping  # read anew: `stop` sets it while this task waits
 
-    def served(self, cache_bytes: int) -> int:
+    def look(self) -> None:
+        """See whether something is to be done; of a FUSE mount nothing ever is."""
+
+    def worker_ready(self, generation: int) -> None:
+        """Note that the worker serves the mount."""
+        self.mark_ready()
+
+    def own_chunks(self, space: DataSpace, chunks: range) -> range:
+        """Return the chunks of the file that `chunks` belong to, if the worker has not said so; here it always does."""
+        return chunks
+
+    def served(self, cache_bytes: int, generation: int = 0) -> int:
         """Note what the worker says it has served from present data since it started; return what is new."""
         fresh = max(0, cache_bytes - self.cache_bytes)
         self.cache_bytes = cache_bytes
@@ -96,6 +111,7 @@ class Mount:
     def mark_ready(self) -> None:
         """Note that the worker serves the mount."""
         self.state = "ready"
+        self._ready_at = trio.current_time()
         self.ready.set()
 
     async def stop(self, *, lazy: bool) -> None:
@@ -128,7 +144,9 @@ class Mount:
             "ref": self.spec.ref,
             "digest": self.spec.digest,
             "mountpoint": self.spec.mountpoint,
-            "mode": self.spec.mode,
+            "mode": self.spec.rung,
+            "asked": self.spec.mode,
+            "why": self.spec.why,
             "state": self.state,
             "reason": self.reason,
             "prefetch": self.spec.prefetch,
@@ -157,21 +175,10 @@ class Mount:
         self.spec.save()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        log = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            return subprocess.Popen(
-                [sys.executable, "-m", "rafsfs.fuse.worker", self.spec.path],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                close_fds=True,
-                cwd="/",
-            )
+            return spawn_detached([sys.executable, "-m", "rafsfs.fuse.worker", self.spec.path], self._log_path)
         except OSError as error:
             raise MountError(f"the worker of {self.spec.mountpoint} cannot be started: {error}") from error
-        finally:
-            os.close(log)
 
     async def _watch(self) -> None:
         """Return when the worker has ended; set the kernel's read-ahead once it serves; give up on one that never does."""
@@ -186,7 +193,7 @@ class Mount:
                 nursery.cancel_scope.cancel()
         finally:
             os.close(pidfd)
-            _reap(self.spec.worker_pid)
+            reap(self.spec.worker_pid)
 
     async def _tune(self) -> None:
         with trio.move_on_after(_READY_S) as scope:
@@ -223,7 +230,7 @@ class Mount:
             raise FuseError(f"{self.spec.mountpoint} could not be mounted: {self.reason or 'the worker ended'}")
 
 
-def _reap(pid: int) -> None:
+def reap(pid: int) -> None:
     """Collect a worker that has ended, if it was this process's child."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)

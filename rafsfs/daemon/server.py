@@ -22,12 +22,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import trio
 
 from .. import __version__
+from ..erofs.holdings import Holdings
+from ..erofs.probe import Ladder, choose, probe
 from ..errors import (
     CacheError,
     CacheFullError,
@@ -40,7 +42,7 @@ from ..errors import (
 )
 from ..fetch.fetcher import Fetcher, open_fetcher
 from ..fetch.source import FetchSettings
-from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount
+from ..fuse.mountpoint import check_fuse, check_mountpoint, may_allow_other, unmount, why_no_fuse
 from ..fuse.spec import MountSpec, load_specs
 from ..interfaces import Swarm
 from ..metrics import CONTENT_TYPE, Histogram, Labelled, render
@@ -49,11 +51,13 @@ from ..net.http_server import Request as HttpRequest
 from ..registry.reference import Reference, parse_reference
 from ..registry.store import RegistryOptions
 from ..store.cache import Cache
+from ..store.data_space import DataSpace
 from ..store.eviction import Quota
-from ..types import Digest
+from ..types import BLOCK_SIZE, Digest, align_up
 from ..units import format_size
 from .cache_calls import CacheCalls
 from .connection import socket_path
+from .erofs_mount import ErofsMount
 from .eviction import Evictor
 from .get_calls import GetCalls
 from .images import OpenedImage, OpenImages
@@ -137,9 +141,14 @@ class Daemon:
         self._mounting: set[str] = set()
         self._cached_bytes = 0
         self.metrics_port = 0
+        self._ladder: Ladder | None = None
+        self._holdings = Holdings(cache.path, daemon_argv(cache.path))
+        self._log_path = os.path.join(cache.path, "daemon.log")
         self._restored = trio.Event()
         self.stop_requested = trio.Event()
         self.unmount_at_end = False
+        self.taken_away_at_end: set[str] = set()
+        """Mountpoints that go with this daemon, whatever becomes of the others."""
 
     # ---- methods of the socket ---------------------------------------------------------------------------------
 
@@ -188,7 +197,10 @@ class Daemon:
             raise UsageError(f"chunks {chunks.start} to {chunks.stop} of a data space that is not here")
         counted = mount.sources if mount else None
         deadline = min(float(params["deadline_s"]), 3600.0)
-        own = range(int(params.get("own_first", 0)), int(params.get("own_stop", space.table.count)))
+        if "own_first" in params:
+            own = range(int(params["own_first"]), int(params["own_stop"]))
+        else:
+            own = mount.own_chunks(space, chunks) if mount else chunks
         await self._fetcher.ensure(space.space_id, chunks, deadline_s=deadline, on_behalf=counted, own=own)
         return {}
 
@@ -196,13 +208,13 @@ class Daemon:
         mount = self._mounts.get(params["mount"])
         if mount is None:
             raise MountError("the daemon knows no such mount")
-        mount.mark_ready()
+        mount.worker_ready(int(params.get("generation", 0)))
         return {}
 
     async def _served(self, params: dict[str, Any]) -> dict[str, Any]:
         mount = self._mounts.get(params["mount"])
         if mount:
-            self._cached_bytes += mount.served(int(params["cache_bytes"]))
+            self._cached_bytes += mount.served(int(params["cache_bytes"]), int(params.get("generation", 0)))
         for space_id, first, stop in params.get("read", ()):
             space = self._cache.opened_space(bytes(space_id))
             if space is not None:
@@ -212,12 +224,11 @@ class Daemon:
     async def _mount(self, params: dict[str, Any]) -> dict[str, Any]:
         mountpoint = os.path.abspath(str(params["mountpoint"]))
         mode, prefetch = params.get("mode", "auto"), params.get("prefetch", "none")
-        if mode not in {"auto", "fuse"}:
-            raise UsageError(f"mount mode {mode!r} is not in this version, expected auto or fuse")
         if prefetch not in {"none", "all"}:
             raise UsageError(f"prefetch {prefetch!r} is not in this version, expected none or all")
-        check_fuse()
-        if mountpoint in self._mounting or any(m.spec.mountpoint == mountpoint for m in self._mounts.values()):
+        ladder = await self._look_at_ladder()
+        choose(mode, complete=True, ladder=ladder)  # what can be refused is refused before anything is fetched
+        if mountpoint in self._mounting or self._is_ours(mountpoint):
             raise MountpointError(f"{mountpoint} is a mountpoint of this daemon already; unmount it first")
         self._mounting.add(mountpoint)
         try:
@@ -232,6 +243,7 @@ class Daemon:
                     digest=str(opened.image.digest),
                     mountpoint=mountpoint,
                     cache_dir=self._cache.path,
+                    mode=mode,
                     prefetch=prefetch,
                     deadline_s=float(params.get("deadline_s", 60.0)),
                     read_ahead_kb=int(params.get("read_ahead_kb", 1024)),
@@ -241,20 +253,69 @@ class Daemon:
                     scheduler=params.get("scheduler", ""),
                     daemon_argv=daemon_argv(self._cache.path),
                 )
-                mount = await self._run_mount(spec, opened)
-                mount.raise_if_failed()
-            except BaseException:
+                spaces = await trio.to_thread.run_sync(self._spaces_of, opened)
+                complete = await trio.to_thread.run_sync(_settle, spaces)
+                spec.rung, spec.why = choose(mode, complete=complete, ladder=ladder)
+                mount = await self._climb(spec, opened, spaces)
+            finally:
+                # A mount has taken a user of its own; of a failure nothing stays.
                 self._images.release(opened)
-                raise
         finally:
             self._mounting.discard(mountpoint)
         return self._mount_status(mount)
 
-    async def _run_mount(self, spec: MountSpec, opened: OpenedImage) -> Mount:
+    async def _climb(self, spec: MountSpec, opened: OpenedImage, spaces: list[DataSpace]) -> Mount:
+        """Mount by the chosen rung; where none was asked for by name and it fails, by FUSE. Raises why not."""
+        if spec.rung != "fuse":
+            spec.spaces = [space.space_id.hex() for space in spaces]
+            mount = self._erofs_mount(spec, opened, spaces)
+            await self._run_mount(mount, opened)
+            if mount.state != "failed":
+                return mount
+            if spec.mode != "auto":
+                mount.raise_if_failed()
+            _log.warning(
+                "%s mode failed, mounting by FUSE: mountpoint=%s cause=%s", spec.rung, spec.mountpoint, mount.reason
+            )
+            spec = replace(spec, id=os.urandom(8).hex(), rung="fuse", why=mount.reason, generations=[], detached=False)
+        check_fuse()
+        mount = Mount(spec, opened.source, opened.data_bytes, self._log_path)
+        await self._run_mount(mount, opened)
+        mount.raise_if_failed()
+        return mount
+
+    def _erofs_mount(self, spec: MountSpec, opened: OpenedImage, spaces: list[DataSpace]) -> Mount:
+        return ErofsMount(
+            spec, opened.source, opened.data_bytes, self._log_path,
+            image=opened.image, spaces=spaces, holdings=self._holdings,
+        )  # fmt: skip
+
+    def _spaces_of(self, opened: OpenedImage) -> list[DataSpace]:
+        """Return the data spaces of an image in the order of its bootstrap's device slots. Raises FormatError. Blocking."""
+        found = []
+        for slot in opened.image.bootstrap().spaces:
+            space = self._cache.opened_space(slot.space_id)
+            if space is None or align_up(space.size, BLOCK_SIZE) != slot.blocks * BLOCK_SIZE:
+                raise FormatError(
+                    f"bootstrap names data space {slot.space_id.hex()[:16]} of {slot.blocks} blocks, the chunk map does not"
+                )
+            found.append(space)
+        return found
+
+    async def _look_at_ladder(self) -> Ladder:
+        """Return which rungs there are; tried once per daemon."""
+        if self._ladder is None:
+            self._ladder = await trio.to_thread.run_sync(probe, self._cache.path, why_no_fuse())
+        return self._ladder
+
+    def _is_ours(self, mountpoint: str) -> bool:
+        return any(m.spec.mountpoint == mountpoint and not m.spec.detached for m in self._mounts.values())
+
+    async def _run_mount(self, mount: Mount, opened: OpenedImage) -> None:
         """Start supervising a mount; return when it is ready or has failed. A cancelled call takes the mount away."""
-        mount = Mount(spec, opened.source, opened.data_bytes, os.path.join(self._cache.path, "daemon.log"))
-        spec.save()
-        self._mounts[spec.id] = mount
+        mount.spec.save()
+        self._mounts[mount.spec.id] = mount
+        self._images.share(opened)
         try:
             async with trio.open_nursery() as nursery:
 
@@ -272,14 +333,20 @@ class Daemon:
             raise
         if mount.state == "failed":
             await self._drop(mount)
-        return mount
 
     async def _supervise(self, mount: Mount, opened: OpenedImage) -> None:
         async with trio.open_nursery() as nursery:
-            if mount.spec.prefetch == "all":
+            if mount.spec.prefetch == "all" and not mount.spec.detached:
                 nursery.start_soon(self._prefetch, mount, opened)
             await mount.supervise()
             nursery.cancel_scope.cancel()
+        if mount.spec.detached:
+            self._let_go(mount)
+
+    def _let_go(self, mount: Mount) -> None:
+        """Forget a mount, and that its image is in use by it. Twice is fine. No checkpoint."""
+        if self._mounts.pop(mount.spec.id, None) is not None:
+            self._images.release_source(mount.source)
 
     async def _prefetch(self, mount: Mount, opened: OpenedImage) -> None:
         """Fill the image behind a mount; a failure is tried again, since reads do their own fetching meanwhile."""
@@ -296,19 +363,24 @@ class Daemon:
 
     async def _drop(self, mount: Mount) -> None:
         """Take away a mount that did not come up, leaving nothing behind."""
+        reason = mount.reason
         with suppress(MountError):
             await mount.stop(lazy=True)
-        mount.spec.remove()
-        self._mounts.pop(mount.spec.id, None)
+        mount.state, mount.reason = "failed", reason
+        if mount.ended.is_set():
+            mount.spec.remove()
+            self._let_go(mount)
 
     async def _umount(self, params: dict[str, Any]) -> dict[str, Any]:
         mountpoint = os.path.abspath(str(params["mountpoint"]))
-        mount = next((m for m in self._mounts.values() if m.spec.mountpoint == mountpoint), None)
+        mount = next(
+            (m for m in self._mounts.values() if m.spec.mountpoint == mountpoint and not m.spec.detached), None
+        )
         if mount is None:
             raise MountError(f"{mountpoint} is not a mount of the daemon of {self._cache.path}; see `rafs status`")
         await mount.stop(lazy=bool(params.get("lazy", False)))
-        self._mounts.pop(mount.spec.id, None)
-        self._images.release_source(mount.source)
+        if mount.ended.is_set():
+            self._let_go(mount)  # else `_supervise` does, when the kernel has let go
         return {"mountpoint": mountpoint}
 
     async def _status(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -393,6 +465,8 @@ class Daemon:
                 await self._fetcher.prefetch_all(opened.source, on_behalf=counted)
                 nursery.cancel_scope.cancel()
             await trio.to_thread.run_sync(self._cache.sync)
+            for mount in list(self._mounts.values()):
+                mount.look()
         except BaseExceptionGroup as group:
             raise first_error(group) from group
         finally:
@@ -540,6 +614,8 @@ class Daemon:
     async def restore_mounts(self) -> None:
         """Take over the mounts that should exist: adopt live workers, mount again what has lost its own."""
         left_alone: set[str] = set()
+        await self._holdings.recover()
+        self._nursery.start_soon(self._holdings.keep)
         async with trio.open_nursery() as nursery:
             for spec in list(load_specs(self._cache.path)):
                 nursery.start_soon(self._restore, spec, left_alone)
@@ -552,15 +628,20 @@ class Daemon:
             reference = parse_reference(spec.ref).with_digest(Digest(spec.digest))
             await self._use_scheduler(spec.scheduler)
             opened = await self._open(str(reference), RegistryOptions(**spec.registry))
+            spaces = await trio.to_thread.run_sync(self._spaces_of, opened) if spec.rung != "fuse" else []
         except (RafsError, TypeError) as error:
             _log.error("mount cannot be restored: mountpoint=%s cause=%s", spec.mountpoint, error)
-            if spec.worker_alive():
+            if spec.worker_alive() or spec.generations:
                 left_alone.add(spec.digest)  # it serves on by itself: its data stay
+                self._cache.acquire(bytes.fromhex(name) for name in spec.spaces)
             else:
                 with suppress(MountError):
                     await trio.to_thread.run_sync(lambda: unmount(spec.mountpoint, lazy=True))
             return
-        mount = Mount(spec, opened.source, opened.data_bytes, os.path.join(self._cache.path, "daemon.log"))
+        if spec.rung == "fuse":
+            mount = Mount(spec, opened.source, opened.data_bytes, self._log_path)
+        else:
+            mount = self._erofs_mount(spec, opened, spaces)
         self._mounts[spec.id] = mount
         self._nursery.start_soon(self._supervise, mount, opened)
 
@@ -572,12 +653,21 @@ class Daemon:
                 await trio.to_thread.run_sync(self._cache.sync)
             except CacheError as error:
                 _log.warning("sync failed: %s", error)
+            for mount in list(self._mounts.values()):
+                mount.look()
 
-    async def unmount_all(self) -> None:
-        """Take all mounts away, by force if they are busy."""
+    def let_holder_rest(self) -> None:
+        """Say that this daemon goes on purpose, so that nobody starts another for what needs none."""
+        self._holdings.rest()
+
+    async def unmount_at_its_end(self) -> None:
+        """Take away the mounts that are to go with this daemon, by force if they are busy."""
         for mount in list(self._mounts.values()):
-            with suppress(MountError):
-                await mount.stop(lazy=True)
+            if not mount.spec.detached and (self.unmount_at_end or mount.spec.mountpoint in self.taken_away_at_end):
+                with suppress(MountError):
+                    await mount.stop(lazy=True)
+                if mount.ended.is_set():
+                    self._let_go(mount)
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """Serve one connection until it ends."""
@@ -601,6 +691,14 @@ def _options(params: dict[str, Any]) -> RegistryOptions:
         return RegistryOptions(**params.get("registry", {}))
     except TypeError as error:
         raise UsageError(f"registry options are not understood: {error}") from error
+
+
+def _settle(spaces: list[DataSpace]) -> bool:
+    """Bring what is complete to the disk; tell whether all of it is. Raises CacheError. Blocking."""
+    for space in spaces:
+        if space.complete and not space.settled:
+            space.sync()
+    return all(space.settled for space in spaces)
 
 
 async def run_daemon(
@@ -653,9 +751,9 @@ async def _run(
         if ready:
             ready(daemon)
         await daemon.stop_requested.wait()
-        if daemon.unmount_at_end:
-            await daemon.unmount_all()
+        await daemon.unmount_at_its_end()
         await trio.sleep(0.05)  # lets the reply to `stop` leave before its connection is cut
+        daemon.let_holder_rest()
         _log.info("daemon stopped: pid=%d", os.getpid())
         nursery.cancel_scope.cancel()
 

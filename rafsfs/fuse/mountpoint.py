@@ -47,6 +47,15 @@ def check_fuse() -> None:
         raise FuseError("fusermount3 is missing, which users other than root need; install the package fuse3")
 
 
+def why_no_fuse() -> str:
+    """Return why this process cannot mount by FUSE, empty if it can."""
+    try:
+        check_fuse()
+    except FuseError as error:
+        return str(error)
+    return ""
+
+
 def may_allow_other() -> bool:
     """Tell whether this user may make a mount that others can read."""
     if os.geteuid() == 0:

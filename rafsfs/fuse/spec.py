@@ -37,6 +37,16 @@ class MountSpec:
     """Schedulers that the mount was made with, `HOST:PORT[,...]`."""
     daemon_argv: list[str] = field(default_factory=list)
     """What a worker runs when it needs a daemon and none answers."""
+    rung: str = "fuse"
+    """How it is mounted now: fuse, erofs, lazy or kernel; `mode` is what was asked for."""
+    why: str = ""
+    """Why not a better way."""
+    detached: bool = False
+    """Unmounted, but somebody still has it open: guarded and counted until the kernel lets it go."""
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    """Superblocks of kernel mounts, oldest first (rafsfs/erofs/generation.py)."""
+    spaces: list[str] = field(default_factory=list)
+    """Ids of the data spaces of a kernel mount: in use as long as this record is there."""
     worker_pid: int = 0
     worker_start: int = 0
     """Start time of the process in clock ticks since boot, field 22 of /proc/PID/stat."""

@@ -271,7 +271,7 @@ class Cache:
     def acquire(self, space_ids: Iterable[bytes]) -> None:
         """Keep data spaces from being removed until `release`; they need not be there yet. Counted."""
         with self._uses_lock:
-            self._uses.update(space_ids)
+            self._uses.update(iter(space_ids))  # an iterator: of a mapping, `update` would add the values
 
     def release(self, space_ids: Iterable[bytes], *, is_use: bool = True) -> None:
         """Take one use off each; it counts as used now, unless `is_use` is false: verifying, or opening to give to others, is no use."""

@@ -84,6 +84,17 @@ class DataSpace:
         return self._present_chunks == self.table.count
 
     @property
+    def settled(self) -> bool:
+        """Whether every chunk is present and on the disk: no power loss, no failed write-back can take one away."""
+        with self._lock:
+            return self.complete and not self._dirty
+
+    @property
+    def data_fd(self) -> int:
+        """The descriptor of the data file, lent: it names the very inode that the presence map speaks of. -1 when closed."""
+        return self._data_fd
+
+    @property
     def dirty(self) -> bool:
         """Whether a sync would do anything."""
         return bool(self._dirty)
@@ -191,8 +202,7 @@ class DataSpace:
             if not batch or present is None:
                 return []
             try:
-                with self._file() as data_fd:
-                    os.fdatasync(data_fd)
+                self._write_back(batch)
                 for index in batch:
                     if present[index] == PRESENT:
                         present[index] = DURABLE
@@ -202,6 +212,16 @@ class DataSpace:
             with self._lock:
                 self._dirty.difference_update(batch)
             return batch
+
+    def _write_back(self, batch: list[int]) -> None:
+        """Bring data to the disk. What a failed write-back was to bring is unmarked: the kernel says it once, and drops the pages."""
+        with self._file() as data_fd:
+            try:
+                os.fdatasync(data_fd)
+            except OSError:
+                for index in batch:
+                    self._unmark(index)
+                raise
 
     def write_record(self, *, clean: bool) -> None:
         """Write the record file: whether the next opener may trust every mark."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import CacheError, FormatError
 from ..format.space_table import SpaceTable
+from ..format.superblock import Superblock
 
 
 class SpaceView:
@@ -36,6 +37,12 @@ class SpaceView:
             raise FormatError(f"{directory}/present is {size} bytes, expected {self.table.count}")
         self.space_id = bytes.fromhex(os.path.basename(directory))
         self._touched = bytearray(self.table.count)
+
+    @property
+    def data_inode(self) -> tuple[int, int]:
+        """Device and inode number of the data file that is read."""
+        found = os.fstat(self._data)
+        return found.st_dev, found.st_ino
 
     def is_present(self, first: int, stop: int) -> bool:
         """Tell whether chunks [first, stop) are all present now: the daemon unmarks one that it finds damaged."""
@@ -66,3 +73,18 @@ class SpaceView:
         os.close(self._data)
         if self._present is not None:
             self._present.close()
+
+
+def open_views(cache_dir: str, digest: str) -> list[SpaceView]:
+    """Open the data spaces of a cached image, in the order of its bootstrap's device slots. Raises CacheError, FormatError."""
+    path = os.path.join(cache_dir, "images", digest.removeprefix("sha256:"), "bootstrap.erofs")
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as whole,
+            memoryview(whole) as view,
+        ):
+            slots = Superblock.unpack_from(view).read_slots(view)
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{path} cannot be opened: {error}") from error
+    return [SpaceView(os.path.join(cache_dir, "spaces", slot.space_id.hex())) for slot in slots]

@@ -32,6 +32,8 @@ _RANKS: Final = {
     "fetch": 5,
     "files": 6,
     "fuse": 7,
+    "flat": 7,
+    "erofs": 7,
     "daemon": 7,
     "mirror": 7,
     "csi": 8,
@@ -137,7 +139,7 @@ def test_there_is_no_cycle_between_modules_at_import() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", ["rafsfs.fuse.worker"])
+@pytest.mark.parametrize("module", ["rafsfs.fuse.worker", "rafsfs.flat.worker", "rafsfs.erofs.guard"])
 def test_a_mount_pays_for_nothing_that_it_does_not_use(module: str) -> None:
     code = f"import sys, {module}; print(*(m for m in {_HEAVY!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)

@@ -79,7 +79,7 @@ def has_chunks(cache: Path, count: int) -> bool:
 def test_a_daemon_killed_in_the_middle_of_reads_costs_no_byte(node: Node, slow_wire: Wire, model: Path) -> None:
     ref = f"localhost:{slow_wire.port}/e2e/model:v1"
     node.build(model, ref, timeout_s=120)
-    mounted = node.mount(ref)
+    mounted = node.mount(ref, "mnt", "--mode", "fuse")
     name = "model.safetensors"
     with readers(model / name, mounted / name, ("sequential", "random", "mmap")) as running:
         killed = []
@@ -108,7 +108,7 @@ def daemon_or_none(node: Node) -> int | None:
 def test_present_data_is_read_without_a_daemon(node: Node, registry: Registry, model: Path) -> None:
     ref = f"localhost:{registry.port}/e2e/model:v1"
     node.build(model, ref)
-    mounted = node.mount(ref)
+    mounted = node.mount(ref, "mnt", "--mode", "fuse")
     name = "model.bf16.safetensors"
     wanted = (model / name).read_bytes()
     assert (mounted / name).read_bytes() == wanted
@@ -155,7 +155,7 @@ def test_bytes_damaged_while_no_daemon_ran_are_not_served_as_verified(
 def test_a_killed_worker_is_mounted_again_by_the_daemon(node: Node, registry: Registry, model: Path) -> None:
     ref = f"localhost:{registry.port}/e2e/model:v1"
     node.build(model, ref)
-    mounted = node.mount(ref)
+    mounted = node.mount(ref, "mnt", "--mode", "fuse")
     name = "model.bf16.safetensors"
     wanted = (model / name).read_bytes()
     assert read_within(mounted / name, 0, 100, 20) == wanted[:100]
@@ -184,7 +184,7 @@ def test_a_worker_killed_while_no_daemon_runs_is_repaired_by_the_next_command(
 ) -> None:
     ref = f"localhost:{registry.port}/e2e/model:v1"
     node.build(model, ref)
-    mounted = node.mount(ref)
+    mounted = node.mount(ref, "mnt", "--mode", "fuse")
     (worker,) = node.worker_pids()
     kill(node.daemon_pid())
     kill(worker)

@@ -97,6 +97,15 @@ def mountpoints_below(directory: Arg) -> list[str]:
     return found[::-1]
 
 
+def file_system_of(path: Arg) -> str:
+    """Return the type of the file system that a path is on, as the kernel names it."""
+    device = os.lstat(path).st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if line.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+            return line.partition(" - ")[2].split(" ")[0]
+    return ""
+
+
 def read_within(path: Arg, offset: int, length: int, timeout_s: float) -> bytes:
     """Return bytes of a file, read by another process that is ended when it takes too long.
 
@@ -280,8 +289,10 @@ class Node:
         raise LookupError(f"no daemon of {self.cache} runs; processes: {self.processes()}")
 
     def worker_pids(self) -> list[int]:
-        """Return the pids of the live FUSE workers."""
-        return self.processes("rafsfs.fuse.worker")
+        """Return the pids of the live processes that serve a mount: FUSE workers, flat servers, guards."""
+        return sorted(
+            pid for name in ("fuse.worker", "flat.worker", "erofs.guard") for pid in self.processes(f"rafsfs.{name}")
+        )
 
     def mount_records(self) -> list[Path]:
         """Return the records of mounts that should exist."""

@@ -1,0 +1,569 @@
+"""A mount that the kernel's EROFS reads, as the daemon sees it: its generations, what serves them, when one follows another.
+
+Decided here: the order of steps, of which every prefix is safe to die in. Rules. A data file becomes a plain device only while its data
+space is settled (complete and on the disk), through the descriptor that the presence map speaks of. What a worker serves is with the
+holder before the superblock exists. A generation is in the record before it is attached. A group of kernel mode is let go of only after its
+superblock has gone or its last mark was taken away; as long as somebody has a generation open, its data spaces count as in use.
+
+Concurrency: `supervise` owns a nursery with one task per worker (`_serve`), and is the only task that makes, replaces and ends generations;
+`look` and the workers' calls only wake it. Waiting for the kernel happens in threads; nothing here touches the mount itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import trio
+
+from ..erofs import fanotify, superblock, syscalls
+from ..erofs.file_map import FileMap, map_files
+from ..erofs.generation import Generation, from_record, promotion
+from ..erofs.holdings import Holdings
+from ..errors import MountError, RafsError
+from ..fetch.source import Source
+from ..fuse.mountpoint import is_mounted, unmount
+from ..fuse.spec import MountSpec, process_start
+from ..store.cache import CachedImage
+from ..store.data_space import DataSpace, boot_id
+from .mounts import Mount, reap, rss_bytes
+from .spawn import spawn_detached
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_KERNEL_S: Final = 30.0
+"""Longest wait for a mount whose files a worker of ours serves."""
+_LET_GO_S: Final = 2.0
+"""How long `rafs umount` waits for the kernel to let a superblock go before it leaves it to the daemon."""
+_PAUSE_S: Final = (0.02, 2.0)
+"""Before a worker that died is replaced: first, longest."""
+_LIVED_S: Final = 1.0
+"""A worker that lived so long was not killed by what it serves; the pause begins anew."""
+_GIVE_UP: Final = 10
+"""Deaths in a row, each within `_LIVED_S`, after which a flat server is given up and its readers get EIO."""
+_AGAIN_S: Final = 30.0
+"""Before a promotion that failed is tried again."""
+
+
+class _Running:
+    """A generation and what this daemon knows of it besides its record."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.record = generation
+        self.flat_mount = -1
+        self.ending = False
+        self.cache_bytes = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the kernel still has the superblock; true as well before it was made."""
+        return not self.record.superblocks or superblock.is_alive(self.record.superblocks)
+
+    def is_ending(self) -> bool:
+        """Tell whether its worker is to go; read anew after each wait."""
+        return self.ending
+
+    def worker_alive(self) -> bool:
+        """Tell whether the process of its record lives."""
+        pid = self.record.worker_pid
+        return pid > 0 and process_start(pid) == self.record.worker_start
+
+
+class ErofsMount(Mount):
+    """A mount of rung erofs, lazy or kernel."""
+
+    def __init__(
+        self,
+        spec: MountSpec,
+        source: Source,
+        data_bytes: int,
+        log_path: str,
+        *,
+        image: CachedImage,
+        spaces: Sequence[DataSpace],
+        holdings: Holdings,
+    ) -> None:
+        super().__init__(spec, source, data_bytes, log_path)
+        self._image = image
+        self._spaces = spaces
+        self._holdings = holdings
+        self._running: list[_Running] = []
+        self._changed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._promoted_at = -_AGAIN_S
+        self._files: FileMap | None = None
+        self._numbers = {space.space_id: number for number, space in enumerate(spaces)}
+
+    # ---- what others call ----------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """See whether something is to be done: something may be complete now, or gone. No checkpoint."""
+        self._changed.set()
+
+    def worker_ready(self, generation: int) -> None:
+        """Note that a worker is connected."""
+        self.look()
+
+    def served(self, cache_bytes: int, generation: int = 0) -> int:
+        """Note what the worker of a generation has served from present data since it started; return what is new."""
+        fresh = 0
+        for running in self._running:
+            if running.record.number == generation:
+                fresh = max(0, cache_bytes - running.cache_bytes)
+                running.cache_bytes = cache_bytes
+        self.cache_bytes = sum(running.cache_bytes for running in self._running)
+        return fresh
+
+    def own_chunks(self, space: DataSpace, chunks: range) -> range:
+        """Return the chunks of the file that `chunks` belong to; just those while that is not known."""
+        number = self._numbers.get(space.space_id)
+        return chunks if self._files is None or number is None else self._files.own(number, space.table, chunks)
+
+    def status(self) -> dict[str, Any]:
+        """Return the mount's part of `rafs status --json`, but for present_bytes."""
+        workers = [running for running in self._running if running.worker_alive()]
+        attached = workers[-1].record.worker_pid if workers else 0
+        return super().status() | {
+            "worker": {"pid": attached, "rss_bytes": sum(rss_bytes(running.record.worker_pid) for running in workers)},
+            "generations": [
+                {"number": running.record.number, "mode": running.record.rung, "worker": running.record.worker_pid}
+                for running in self._running
+            ],
+            "breached": any(running.record.breached for running in self._running),
+        }
+
+    async def stop(self, *, lazy: bool) -> None:
+        """Take the mount away. Raises MountError if it is busy and not `lazy`; it then stays.
+
+        Returns when the kernel has let go of it, or after two seconds: what somebody still has open is served on, and
+        `supervise` ends later.
+        """
+        attached = self._attached()
+        top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
+        if top and attached is not None and top not in {running.record.mount_id for running in self._running}:
+            raise MountError(f"something else is mounted on {self.spec.mountpoint}; take it away first")
+        was, self.stopping = self.stopping, True
+        try:
+            await trio.to_thread.run_sync(lambda: unmount(self.spec.mountpoint, lazy=lazy))
+        except MountError:
+            self.stopping = was
+            raise
+        self.spec.detached = True
+        self.state = "detached"
+        if self.ended.is_set():
+            self.spec.remove()
+            return
+        self.spec.save()
+        with trio.move_on_after(_LET_GO_S):
+            while not self.ended.is_set():  # the kernel sends no event when a superblock goes
+                self.look()
+                await trio.sleep(0.01)
+
+    async def supervise(self) -> None:
+        """Keep the mount as good as it can be, until it is unmounted and the kernel has let go of it."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._map_files)
+                try:
+                    await self._begin()
+                except (RafsError, OSError) as error:
+                    self._fail(str(error))
+                    await self._end_all()
+                    nursery.cancel_scope.cancel()
+                    return
+                if not self.spec.detached:
+                    self.mark_ready()
+                while True:
+                    self._changed = trio.Event()
+                    await self._review()
+                    if self.spec.detached and not self._running:
+                        break
+                    await self._changed.wait()
+                self.spec.remove()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.ended.set()
+
+    # ---- life of the mount -----------------------------------------------------------------------------------------
+
+    async def _begin(self) -> None:
+        """Take over what an earlier daemon left, or make the first generation."""
+        for data in self.spec.generations:
+            record = from_record(data)
+            if record is not None and record.boot_id == boot_id() and superblock.is_alive(record.superblocks):
+                self._running.append(_Running(record))
+        for running in self._running:
+            await self._adopt(running)
+        if self.spec.detached:
+            self.state = "detached"
+            return
+        attached = self._attached()
+        if attached is not None:
+            await trio.to_thread.run_sync(self._finish_replacing, attached)
+            top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
+            if top == attached.record.mount_id and not attached.record.breached and self._is_served(attached):
+                _log.info(
+                    "mount adopted: mountpoint=%s mode=%s generation=%d worker=%d",
+                    self.spec.mountpoint, attached.record.rung, attached.record.number, attached.record.worker_pid,
+                )  # fmt: skip
+                return
+            if top == attached.record.mount_id:
+                await self._make(attached)
+                return
+        elif await trio.to_thread.run_sync(is_mounted, self.spec.mountpoint):
+            await trio.to_thread.run_sync(self._detach)
+        await self._make(None)
+
+    def _finish_replacing(self, newest: _Running) -> None:
+        """Take away what an earlier daemon had mounted ours beneath, and not got to."""
+        older = {running.record.mount_id for running in self._running} - {newest.record.mount_id}
+        for _ in older:
+            if superblock.topmost(self.spec.mountpoint) in older:
+                with suppress(OSError):
+                    syscalls.detach(self.spec.mountpoint)
+
+    async def _review(self) -> None:
+        """Let go of what has gone, mount again what was taken away, promote what is complete."""
+        for running in list(self._running):
+            if not running.alive:
+                await self._end(running)
+        if self._is_stopping():
+            return
+        attached = self._attached()
+        if attached is not None:
+            self._take_marks_away(attached)
+            if attached.record.rung == "kernel" and all(attached.record.plain):
+                await self._dismiss_guard(attached)
+        top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
+        if self._is_stopping():  # `stop` came while this task was in the thread
+            return
+        if top == 0:
+            _log.warning("mount was taken away by somebody else, mounting again: mountpoint=%s", self.spec.mountpoint)
+            await self._try(partial(self._make, None))
+        elif attached is not None and top == attached.record.mount_id:
+            now = trio.current_time()
+            settled = [space.settled for space in self._spaces]
+            wanted = promotion(attached.record, settled, alive=len(self._running), since_last_s=now - self._promoted_at)
+            failed = self.state == "degraded" and now - self._promoted_at < _AGAIN_S
+            if wanted.replace and not failed:
+                _log.info("mount replaced: mountpoint=%s because=%s", self.spec.mountpoint, wanted.because)
+                self._promoted_at = now
+                await self._try(partial(self._make, attached))
+            elif not self._is_served(attached) and now - self._promoted_at >= _AGAIN_S:
+                self._promoted_at = now
+                await self._try(partial(self._make, attached))
+
+    async def _try(self, step: Callable[[], Any]) -> None:
+        try:
+            await step()
+        except (RafsError, OSError) as error:
+            _log.error("mount cannot be renewed: mountpoint=%s cause=%s", self.spec.mountpoint, error)
+            self.reason = str(error)
+            self.state = "degraded"
+        else:
+            self.reason = ""
+            self.state = "ready"
+
+    async def _make(self, replaced: _Running | None) -> None:
+        """Make a generation and attach it, in the place of another or where nothing is. Raises MountError; nothing is left then."""
+        settled = [space.settled for space in self._spaces]
+        rung = "erofs" if all(settled) else self.spec.mode if self.spec.mode == "kernel" else "lazy"
+        number = 1 + max((running.record.number for running in self._running), default=0)
+        running = _Running(Generation(number, rung, [], 0, boot_id(), settled))
+        self._running.append(running)
+        try:
+            if rung == "lazy":
+                await self._start_flat(running)
+            elif rung == "kernel":
+                await self._start_guard(running)
+            mount = await self._in_thread(
+                partial(superblock.create, self._image.bootstrap_path, self._devices(running))
+            )
+            try:
+                running.record.superblocks = list(mount.superblocks)
+                running.record.mount_id = mount.mount_id
+                self._save()
+                superblock.set_read_ahead(mount.superblocks, self.spec.read_ahead_kb)
+                replacing = replaced.record.mount_id if replaced is not None else 0
+                await trio.to_thread.run_sync(
+                    partial(superblock.attach, mount, self.spec.mountpoint, replacing=replacing)
+                )
+                if self._is_stopping():  # `stop` unmounted while this task was in the thread
+                    await trio.to_thread.run_sync(lambda: unmount(self.spec.mountpoint, lazy=True))
+                    raise MountError(f"{self.spec.mountpoint} is being unmounted")
+            finally:
+                mount.close()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._end(running)
+            raise
+        finally:
+            if running.flat_mount >= 0:
+                os.close(running.flat_mount)
+                running.flat_mount = -1
+        self.spec.rung = rung
+        self._save()
+        _log.info(
+            "mounted: mountpoint=%s mode=%s generation=%d superblock=%s",
+            self.spec.mountpoint, rung, number, ",".join(running.record.superblocks),
+        )  # fmt: skip
+
+    def _devices(self, running: _Running) -> list[str]:
+        """Return the device paths. A plain file is named by the descriptor whose presence map was looked at."""
+        found = []
+        for space, plain in zip(self._spaces, running.record.plain, strict=True):
+            if plain or running.record.rung == "kernel":
+                found.append(f"/proc/self/fd/{space.data_fd}")
+            else:
+                found.append(f"/proc/self/fd/{running.flat_mount}/{space.space_id.hex()}")
+        return found
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        with trio.move_on_after(_KERNEL_S):
+            return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+        raise MountError(f"the kernel does not finish mounting {self.spec.mountpoint} within {_KERNEL_S:g} s")
+
+    # ---- what serves a generation ----------------------------------------------------------------------------------
+
+    async def _start_flat(self, running: _Running) -> None:
+        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        options = [
+            ("source", "rafs-flat"),
+            ("fd", str(fuse)),
+            ("rootmode", "40000"),
+            ("user_id", "0"),
+            ("group_id", "0"),
+        ]
+        try:
+            running.flat_mount = syscalls.create_mount("fuse", [*options, ("allow_other", None)])
+        except OSError as error:
+            os.close(fuse)
+            raise MountError(f"no FUSE for the flat server: {error.strerror}") from error
+        (name,) = running.record.held_names(self.spec.id)
+        await self._holdings.hold(name, fuse)
+        self._start_serving(running)
+
+    async def _start_guard(self, running: _Running) -> None:
+        group_name, journal_name = running.record.held_names(self.spec.id)
+        try:
+            group = fanotify.open_group()
+            await self._holdings.hold(group_name, group)
+            await self._holdings.hold(journal_name, fanotify.make_journal())
+            for space, plain in zip(self._spaces, running.record.plain, strict=True):
+                if not plain:
+                    fanotify.add_mark(group, space.data_fd)
+        except OSError as error:
+            raise MountError(f"fanotify does not guard the data files: {error.strerror}") from error
+        self._start_serving(running)
+
+    def _take_marks_away(self, running: _Running) -> None:
+        """Take away the marks of what is settled; with the last one nobody needs to serve the generation. No checkpoint."""
+        record = running.record
+        if record.rung != "kernel":
+            return
+        group = self._holdings.get(record.held_names(self.spec.id)[0])
+        if group is None:
+            return
+        before = list(record.plain)
+        for number, space in enumerate(self._spaces):
+            if not record.plain[number] and space.settled:
+                with suppress(OSError):
+                    fanotify.remove_mark(group, space.data_fd)
+                    record.plain[number] = True
+        if record.plain != before:
+            self._save()
+
+    async def _dismiss_guard(self, running: _Running) -> None:
+        """End what serves a generation whose marks are all gone: what still waits is allowed by the kernel, and is there."""
+        record = running.record
+        await self._stop_worker(running)
+        for name in [*record.held_names(self.spec.id), record.pid_name(self.spec.id)]:
+            await self._holdings.release(name)
+        record.rung = self.spec.rung = "erofs"
+        self._save()
+        _log.info("guard dismissed, the image is complete: mountpoint=%s", self.spec.mountpoint)
+
+    def _is_served(self, running: _Running) -> bool:
+        """Tell whether what is not plain in a generation has somebody who answers for it, now or in a moment."""
+        names = running.record.held_names(self.spec.id)
+        return running.record.rung == "erofs" or (
+            not running.ending and all(self._holdings.get(name) is not None for name in names)
+        )
+
+    def _start_serving(self, running: _Running) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, running)
+
+    async def _serve(self, running: _Running) -> None:
+        """Keep a worker for a generation, as long as the kernel has it."""
+        deaths = 0
+        try:
+            while not running.is_ending() and running.alive:
+                if not running.worker_alive():
+                    if running.record.rung == "kernel" and not self._is_served(running):
+                        await self._mend_breach(running)
+                        return
+                    await self._spawn_worker(running)
+                started = trio.current_time()
+                await _ended(running.record.worker_pid)
+                if running.is_ending() or not running.alive:
+                    break
+                deaths = 0 if trio.current_time() - started >= _LIVED_S else deaths + 1
+                if running.record.rung == "lazy" and deaths >= _GIVE_UP:
+                    await self._give_up(running)
+                    return
+                _log.warning(
+                    "worker died, replacing it: mountpoint=%s generation=%d pid=%d",
+                    self.spec.mountpoint, running.record.number, running.record.worker_pid,
+                )  # fmt: skip
+                self._served_before += running.cache_bytes
+                running.cache_bytes = 0
+                await trio.sleep(0 if not deaths else min(_PAUSE_S[0] * 2**deaths, _PAUSE_S[1]))
+        except (RafsError, OSError) as error:
+            self.reason = f"what is missing cannot be served: {error}"
+            _log.error("worker cannot be started: mountpoint=%s cause=%s", self.spec.mountpoint, error)
+        finally:
+            self.look()
+
+    async def _give_up(self, running: _Running) -> None:
+        """Cut the connection of a flat server that dies of what it is asked: its readers get EIO and not silence."""
+        _log.error(
+            "flat server given up after %d deaths, its readers get EIO: mountpoint=%s", _GIVE_UP, self.spec.mountpoint
+        )
+        self.reason = f"the flat server died {_GIVE_UP} times in a row; see the log"
+        running.ending = True
+        for name in [*running.record.held_names(self.spec.id), running.record.pid_name(self.spec.id)]:
+            await self._holdings.release(name)
+
+    async def _spawn_worker(self, running: _Running) -> None:
+        record = running.record
+        descriptors = [self._holdings.get(name) for name in record.held_names(self.spec.id)]
+        if not descriptors or any(descriptor is None for descriptor in descriptors):
+            raise MountError(f"generation {record.number} of {self.spec.mountpoint} has lost what it serves")
+        record.descriptors = [descriptor for descriptor in descriptors if descriptor is not None]
+        self.spec.save()  # the worker reads it
+        module = "rafsfs.flat.worker" if record.rung == "lazy" else "rafsfs.erofs.guard"
+        command = [sys.executable, "-m", module, self.spec.path, str(record.number), *map(str, record.descriptors)]
+        process = spawn_detached(command, self._log_path, pass_fds=record.descriptors)
+        record.worker_pid = process.pid
+        record.worker_start = process_start(process.pid)
+        process.returncode = 0  # collected by `reap`: the object is let go of here
+        self._save()
+        with suppress(ProcessLookupError, MountError):
+            await self._holdings.hold(record.pid_name(self.spec.id), os.pidfd_open(process.pid))
+
+    async def _adopt(self, running: _Running) -> None:
+        """Get hold of what an earlier daemon's generation serves, from the holder or out of its worker."""
+        record = running.record
+        if record.rung == "erofs":
+            return
+        names = record.held_names(self.spec.id)
+        if running.worker_alive():
+            with suppress(OSError, MountError):
+                pidfd = os.pidfd_open(record.worker_pid)
+                for name, number in zip(names, record.descriptors, strict=False):
+                    if self._holdings.get(name) is None:
+                        await self._holdings.hold(name, syscalls.pidfd_getfd(pidfd, number))
+                        _log.warning("descriptor taken from the worker: name=%s", name)
+                if self._holdings.get(record.pid_name(self.spec.id)) is None:
+                    await self._holdings.hold(record.pid_name(self.spec.id), pidfd)
+                else:
+                    os.close(pidfd)
+        if running.worker_alive() or all(self._holdings.get(name) is not None for name in names):
+            self._start_serving(running)
+        elif record.rung == "kernel":
+            await self._mend_breach(running)
+        else:
+            _log.error(
+                "nobody serves a generation any more, its readers get EIO: mountpoint=%s generation=%d",
+                self.spec.mountpoint, record.number,
+            )  # fmt: skip
+
+    async def _mend_breach(self, running: _Running) -> None:
+        """Guard a generation again whose group has died: from now on its holes ask, but what was read meanwhile may have been zeros."""
+        _log.error(
+            "BREACH: holder, worker and daemon of kernel mode were all gone; holes of the data files may have been read as zeros since. "
+            "New opens are right; restart what has had files open: mountpoint=%s generation=%d",
+            self.spec.mountpoint, running.record.number,
+        )  # fmt: skip
+        running.record.breached = True
+        self.spec.why = (
+            "kernel mode was without a guard for a while: restart what has had files open, see docs/operations.md"
+        )
+        # Marks of data spaces that have completed since are not needed; the rest is guarded before anything else happens.
+        running.record.plain = [
+            plain or space.settled for plain, space in zip(running.record.plain, self._spaces, strict=True)
+        ]
+        await self._start_guard(running)
+        self._save()
+
+    async def _end(self, running: _Running) -> None:
+        """Let go of a generation whose superblock has gone, or was never made."""
+        await self._stop_worker(running)
+        for name in [*running.record.held_names(self.spec.id), running.record.pid_name(self.spec.id)]:
+            await self._holdings.release(name)
+        if running in self._running:
+            self._running.remove(running)
+        self._served_before += running.cache_bytes
+        self._save()
+
+    async def _stop_worker(self, running: _Running) -> None:
+        running.ending = True
+        if not running.worker_alive():
+            return
+        with suppress(ProcessLookupError):
+            os.kill(running.record.worker_pid, signal.SIGTERM)
+        with trio.move_on_after(1) as scope:
+            await _ended(running.record.worker_pid)
+        if scope.cancelled_caught:
+            with suppress(ProcessLookupError):
+                os.kill(running.record.worker_pid, signal.SIGKILL)
+
+    async def _end_all(self) -> None:
+        """After a beginning that failed: keep what is alive guarded, let go of the rest."""
+        for running in list(self._running):
+            if not running.record.superblocks or not running.alive:
+                await self._end(running)
+
+    # ---- small things ------------------------------------------------------------------------------------------------
+
+    def _is_stopping(self) -> bool:
+        return self.stopping or self.spec.detached  # read anew: `stop` sets both while this task waits
+
+    def _attached(self) -> _Running | None:
+        """Return the newest generation: the one that is attached, unless somebody has taken it away."""
+        return self._running[-1] if self._running else None
+
+    def _save(self) -> None:
+        self.spec.generations = [running.record.as_dict() for running in self._running]
+        self.spec.save()
+
+    async def _map_files(self) -> None:
+        """Learn which chunks belong to one file, so that reading ahead stays inside it."""
+        try:
+            self._files = await trio.to_thread.run_sync(
+                lambda: map_files(self._image.bootstrap()), abandon_on_cancel=True
+            )
+        except (RafsError, OSError) as error:
+            _log.warning("no reading ahead by files: mountpoint=%s cause=%s", self.spec.mountpoint, error)
+
+
+async def _ended(pid: int) -> None:
+    """Return when a process has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except (ProcessLookupError, ValueError):
+        return
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+        reap(pid)

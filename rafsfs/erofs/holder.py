@@ -1,0 +1,167 @@
+"""The process that keeps descriptors alive when those who use them die. Run by path, with the bare interpreter and no module of ours.
+
+`holder.py SOCKET LOG`: listens on SOCKET (SOCK_SEQPACKET, 0600, root or its own user only). One message, one answer:
+
+    put NAME + descriptor   ok          drop NAME   ok          argv A\\0B\\0C   ok: how to start a daemon
+    get NAME                ok + descriptor, or none            list           names, one a line
+    rest                    ok: the daemon that is connected goes on purpose            end   ok: end if nothing is held
+
+Decided here: when a daemon is started. Nobody else would do it when daemon and worker are gone, and readers would wait for ever. So: when
+the last connection ends without `rest`, or a process dies whose pidfd is held as `pid/...`, and nobody is connected; again after a
+growing pause until somebody connects. Rules: descriptors are never used but for poll on `pid/...`; any fault in a message ends that
+connection only; SIGTERM, SIGINT and SIGHUP are ignored, so that what ends a group of processes does not end this one.
+"""
+
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+LARGEST = 65536
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+
+
+class Holder:
+    """What is held, who is connected."""
+
+    def __init__(self, path: str, log: str) -> None:
+        self.path = path
+        self.log = log
+        self.held: dict[str, int] = {}
+        self.connections: dict[int, socket.socket] = {}
+        self.argv: list[str] = []
+        self.resting = True
+        self.pause = FIRST_PAUSE_S
+        self.start_at = 0.0
+        self.listener = self.listen()
+
+    def listen(self) -> socket.socket:
+        directory = os.open(os.path.dirname(self.path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        old = os.umask(0o177)
+        try:
+            listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(self.path)}")
+        finally:
+            os.umask(old)
+            os.close(directory)
+        listener.listen(16)
+        return listener
+
+    def run(self) -> None:
+        """Serve until there is nothing to hold and nobody to serve."""
+        connected_once = False
+        while self.held or self.connections or not connected_once:
+            poller = select.poll()
+            poller.register(self.listener, select.POLLIN)
+            for number in self.connections:
+                poller.register(number, select.POLLIN)
+            watched = {} if self.connections else {fd: n for n, fd in self.held.items() if n.startswith("pid/")}
+            for number in watched:
+                poller.register(number, select.POLLIN)
+            wait_ms = (
+                None if self.resting or self.connections else max(0, int((self.start_at - time.monotonic()) * 1000))
+            )
+            for number, _ in poller.poll(wait_ms):
+                if number == self.listener.fileno():
+                    self.accept()
+                    connected_once = True
+                elif number in self.connections:
+                    self.serve(self.connections[number])
+                elif number in watched:
+                    os.close(self.held.pop(watched[number]))
+                    self.resting = False
+            self.reap()
+            if not self.resting and not self.connections and self.held and time.monotonic() >= self.start_at:
+                self.start_daemon()
+
+    def accept(self) -> None:
+        connection, _ = self.listener.accept()
+        uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if uid not in (0, os.geteuid()):
+            connection.close()
+            return
+        connection.settimeout(5.0)
+        self.connections[connection.fileno()] = connection
+        self.resting = False
+        self.pause = FIRST_PAUSE_S
+
+    def serve(self, connection: socket.socket) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 1)
+            if not data:
+                raise OSError("closed")
+            answer, given = self.answer(data.decode(), descriptors)
+            socket.send_fds(connection, [answer.encode()], given)
+        except (OSError, ValueError):
+            del self.connections[connection.fileno()]
+            connection.close()
+            self.start_at = time.monotonic() + self.pause
+
+    def answer(self, message: str, descriptors: list[int]) -> tuple[str, list[int]]:
+        verb, _, rest = message.partition(" ")
+        if verb == "put" and descriptors:
+            old = self.held.pop(rest, -1)
+            self.held[rest] = descriptors.pop()
+            os.set_inheritable(self.held[rest], False)  # a daemon that is started here must not keep a copy
+            if old >= 0:
+                os.close(old)
+        elif verb == "drop":
+            if rest in self.held:
+                os.close(self.held.pop(rest))
+        elif verb == "get":
+            return ("ok", [self.held[rest]]) if rest in self.held else ("none", [])
+        elif verb == "list":
+            return "\n".join(self.held) or "\n", []
+        elif verb == "argv":
+            self.argv = rest.split("\0")
+        elif verb == "rest":
+            self.resting = True
+        elif verb != "end":
+            raise ValueError(verb)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return "ok", []
+
+    def start_daemon(self) -> None:
+        self.start_at = time.monotonic() + self.pause
+        self.pause = min(self.pause * 2, LONGEST_PAUSE_S)
+        if not self.argv:
+            return
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, self.log, flags, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ]
+        ignored = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        try:
+            os.posix_spawn(self.argv[0], self.argv, os.environ, file_actions=actions, setsid=True, setsigdef=ignored)
+        except OSError as error:
+            print(f"holder: a daemon cannot be started: {error}", file=sys.stderr, flush=True)  # noqa: T201 - its log
+
+    def reap(self) -> None:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+
+
+def main() -> None:
+    """Run the holder of the socket named on the command line."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError:
+        os.getpid()  # without the right to: as killable as anybody
+    os.chdir("/")
+    Holder(sys.argv[1], sys.argv[2]).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The daemon's end of the holder: descriptors that must outlive whoever uses them, by name.
+
+Decided here: that a descriptor is with the holder before anything depends on it, and that a holder which dies is replaced and given
+everything again. The daemon keeps a copy of each, so holder and daemon must die together before the worker's own copy is the last.
+
+Concurrency: trio tasks of the daemon. `_turn` keeps conversations apart. `keep` is the one task that replaces a dead holder. The
+holder answers at once and the socket has a timeout, so a conversation is a matter of microseconds and is done in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from ..daemon.spawn import spawn_detached
+from ..errors import MountError
+
+_log = logging.getLogger(__name__)
+
+_ANSWER_S: Final = 5.0
+_START_S: Final = 10.0
+
+
+class Holdings:
+    """What the daemon has given into the holder's keeping."""
+
+    def __init__(self, cache_dir: str, daemon_argv: Sequence[str]) -> None:
+        self._cache_dir = cache_dir
+        self._argv = list(daemon_argv)
+        self._line: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = trio.Lock()
+        self._connected = trio.Event()
+        self._held: dict[str, int] = {}
+
+    def get(self, name: str) -> int | None:
+        """Return the daemon's own copy of a descriptor, which stays ours; None if nothing is held under the name."""
+        return self._held.get(name)
+
+    def names(self) -> list[str]:
+        """Return the names of all that is held."""
+        return sorted(self._held)
+
+    async def recover(self) -> None:
+        """Take copies of everything that a holder of an earlier daemon has, if there is one."""
+        async with self._turn:
+            try:
+                self._connect()
+                names = [name for name in self._ask("list")[0].split("\n") if name]
+                for name in names:
+                    _, descriptors = self._ask(f"get {name}")
+                    if descriptors:
+                        self._held[name] = descriptors[0]
+            except OSError as error:
+                _log.debug("no holder: %s", error)
+            if not self._held:
+                self._lost()
+
+    async def hold(self, name: str, descriptor: int) -> None:
+        """Give a descriptor into keeping; the daemon's copy is taken over from the caller. Raises MountError."""
+        async with self._turn:
+            old = self._held.pop(name, -1)
+            self._held[name] = descriptor
+            try:
+                if self._line is None:
+                    await self._start()
+                self._ask(f"put {name}", descriptor)
+            except OSError as error:
+                self._lost()
+                raise MountError(f"the holder of {self._cache_dir} does not answer: {error}") from error
+            finally:
+                if old >= 0:
+                    os.close(old)
+
+    async def release(self, name: str) -> None:
+        """Close a descriptor everywhere but in the worker that uses it."""
+        async with self._turn:
+            descriptor = self._held.pop(name, -1)
+            if descriptor < 0:
+                return
+            os.close(descriptor)
+            if self._line is not None:
+                try:
+                    self._ask(f"drop {name}")
+                except OSError:
+                    self._lost()
+            if not self._held and self._line is not None:
+                self._lost()  # a holder that holds nothing ends when nobody is connected
+
+    async def keep(self) -> None:
+        """Replace a holder that dies, for ever."""
+        while True:
+            await self._connected.wait()
+            line = self._line
+            if line is not None:
+                with suppress(trio.ClosedResourceError, OSError):
+                    await trio.lowlevel.wait_readable(line)  # it never speaks first: it has ended
+            async with self._turn:
+                if self._line is not line or not self._held:
+                    continue  # let go of on purpose
+                self._lost()
+                _log.warning("holder died, starting another: descriptors=%d", len(self._held))
+                try:
+                    await self._start()
+                    for name, descriptor in self._held.items():
+                        self._ask(f"put {name}", descriptor)
+                except (OSError, MountError) as error:
+                    _log.error("no holder: %s", error)
+                    self._lost()
+                    self._connected.set()
+            await trio.sleep(0.2)
+
+    def rest(self) -> None:
+        """Tell the holder that this daemon goes on purpose, and let go of it. Called last."""
+        if self._line is not None:
+            with suppress(OSError):
+                self._ask("rest")
+        self._lost()
+        for descriptor in self._held.values():
+            os.close(descriptor)
+        self._held.clear()
+
+    async def _start(self) -> None:
+        with suppress(OSError):
+            self._connect()
+            return
+        path = os.path.join(self._cache_dir, "holder.sock")
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        self._reap()
+        log = os.path.join(self._cache_dir, "daemon.log")
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("holder.py")), path, log]
+        self._process = spawn_detached(command, log)
+        with trio.move_on_after(_START_S):
+            while self._process.poll() is None:
+                with suppress(OSError):
+                    self._connect()
+                    return
+                await trio.sleep(0.005)
+        raise MountError(f"the holder of {self._cache_dir} does not start; see {log}")
+
+    def _connect(self) -> None:
+        directory = os.open(self._cache_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            line.settimeout(_ANSWER_S)
+            line.connect(f"/proc/self/fd/{directory}/holder.sock")
+        except OSError:
+            line.close()
+            raise
+        finally:
+            os.close(directory)
+        self._line = line
+        self._ask("argv " + "\0".join(self._argv))
+        self._connected.set()
+
+    def _ask(self, message: str, *descriptors: int) -> tuple[str, list[int]]:
+        if self._line is None:
+            raise ConnectionError("not connected")
+        socket.send_fds(self._line, [message.encode()], list(descriptors))
+        data, given, _, _ = socket.recv_fds(self._line, 1 << 20, 1)
+        if not data:
+            raise ConnectionError("it has ended")
+        for descriptor in given:
+            os.set_inheritable(descriptor, False)
+        return data.decode(), given
+
+    def _lost(self) -> None:
+        if self._line is not None:
+            trio.lowlevel.notify_closing(self._line)
+            self._line.close()
+        self._line = None
+        if self._connected.is_set():
+            self._connected = trio.Event()  # one that is not set has `keep` waiting for it
+        self._reap()
+
+    def _reap(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None

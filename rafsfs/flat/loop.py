@@ -1,0 +1,175 @@
+"""The loop of a process that serves a kernel: one descriptor of requests, one line to the daemon, nothing else.
+
+Decided here: how a request that misses waits while others are served, what is asked of the daemon and how failures are
+remembered. Rules: nothing here blocks but the poll; a miss is answered with success only after the presence map has been read
+again and says so.
+
+Concurrency: one thread. Ends when the kernel's descriptor says that there is nothing left to serve (ENODEV), or on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from ..daemon.link import DaemonLink
+from ..store.space_view import SpaceView
+
+_log = logging.getLogger(__name__)
+
+_REPORT_S: Final = 0.5
+_SECOND_DEADLINE_S: Final = 0.5
+_SECOND_CHANCE_S: Final = 0.1
+"""How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
+who tries again of his own gets the full deadline, since the registry may be back."""
+_LOOK_AHEAD: Final = 8
+"""Chunks behind a read of which one must be missing for the daemon to be told of a hit: it then has that long to fetch it."""
+_SAME_FAILURE_S: Final = 5.0
+"""Failures in one data space within this time are one line in the log."""
+
+Finished = Callable[[bool], None]
+
+
+class Loop:
+    """Serves until the kernel has nothing left. `serve` handles what is readable on `kernel_fd`; False: it is over."""
+
+    def __init__(
+        self,
+        *,
+        kernel_fd: int,
+        serve: Callable[[], bool],
+        views: Sequence[SpaceView],
+        cache_dir: str,
+        mount: str,
+        generation: int,
+        argv: Sequence[str],
+        deadline_s: float,
+        daemon_came: Callable[[], None] | None = None,
+    ) -> None:
+        self._kernel_fd = kernel_fd
+        self._serve = serve
+        self._views = views
+        self._mount = mount
+        self._generation = generation
+        self._deadline_s = deadline_s
+        self._epoll = select.epoll()
+        self._epoll.register(kernel_fd, select.EPOLLIN)
+        self._polled = (-1, False)
+        self._failed: dict[tuple[int, int], tuple[float, int]] = {}
+        self._logged: dict[int, float] = {}
+        self._hinted = [-1] * len(views)
+        self._told = 0
+        self._report_at = 0.0
+        self._ending = False
+        self.cache_bytes = 0
+        """Bytes served from chunks that were present when they were asked for."""
+        self.link = DaemonLink(
+            cache_dir,
+            mount,
+            ready={"mount": mount, "generation": generation},
+            argv=argv,
+            changed=self._poll_link,
+            connected=daemon_came,
+        )
+
+    def run(self) -> None:
+        """Serve until the end."""
+        signal.signal(signal.SIGTERM, self._end)
+        due = 0.0
+        while not self._ending:
+            now = time.monotonic()
+            if now >= due:
+                due = self.link.tick(now)
+            if self.link.connected and self.cache_bytes != self._told and now >= self._report_at:
+                self._report(now)
+            wait = due if self.cache_bytes == self._told else min(due, self._report_at)
+            for descriptor, _ in self._epoll.poll(max(0.0, wait - now)):
+                if descriptor == self._kernel_fd:
+                    if not self._serve():
+                        return
+                else:
+                    self.link.on_event()
+                    due = 0.0
+
+    def want(self, space: int, chunks: range, finished: Finished) -> None:
+        """Have chunks of a data space made present; `finished(True)` when they are, `finished(False)` when they cannot be."""
+        now = time.monotonic()
+        deadline_s = self._deadline_s
+        if self._failed:
+            failed_at, failed_stop = self._failed.get((space, chunks.start), (0.0, 0))
+            if now - failed_at < _SECOND_CHANCE_S and chunks.stop <= failed_stop:
+                deadline_s = min(_SECOND_DEADLINE_S, deadline_s)
+
+        def done(reason: str | None) -> None:
+            if reason is None and self._views[space].is_present(chunks.start, chunks.stop):
+                finished(True)
+                return
+            self._note_failure(space, chunks, reason or "the daemon says that it is there, the presence map does not")
+            finished(False)
+
+        self.link.ask(self._params(space, chunks), deadline_s, done)
+
+    def hit(self, space: int, chunks: range, size: int) -> None:
+        """Count a read that was served at once, and let the daemon go on ahead of the reader."""
+        self.cache_bytes += size
+        if self._hinted[space] == chunks.stop:
+            return
+        view = self._views[space]
+        if not view.is_present(chunks.stop, min(view.table.count, chunks.stop + _LOOK_AHEAD)):
+            self._hinted[space] = chunks.stop
+            self.link.tell("ensure", self._params(space, chunks) | {"deadline_s": 1.0})
+
+    def _params(self, space: int, chunks: range) -> dict[str, Any]:
+        return {"space": self._views[space].space_id, "first": chunks.start, "stop": chunks.stop}
+
+    def _note_failure(self, space: int, chunks: range, reason: str) -> None:
+        now = time.monotonic()
+        if len(self._failed) > 1000:
+            self._failed.clear()
+        for chunk in chunks:
+            self._failed[space, chunk] = (now, chunks.stop)
+        if now - self._logged.get(space, -_SAME_FAILURE_S) >= _SAME_FAILURE_S:
+            self._logged[space] = now
+            _log.warning(
+                "read failed with EIO: mount=%s space=%s chunks=%d-%d cause=%s",
+                self._mount, self._views[space].space_id.hex()[:16], chunks.start, chunks.stop - 1, reason,
+            )  # fmt: skip
+
+    def _report(self, now: float) -> None:
+        self._report_at = now + _REPORT_S
+        self._told = self.cache_bytes
+        served = {"mount": self._mount, "cache_bytes": self.cache_bytes, "generation": self._generation}
+        self.link.tell("served", served)
+
+    def _poll_link(self) -> None:
+        wanted = (self.link.fileno, self.link.wants_write)
+        if wanted == self._polled:
+            return
+        if self._polled[0] >= 0 and self._polled[0] != wanted[0]:
+            with suppress(OSError):  # closed: the kernel has forgotten it already
+                self._epoll.unregister(self._polled[0])
+        mask = select.EPOLLIN | (select.EPOLLOUT if wanted[1] else 0)
+        if wanted[0] >= 0:
+            if self._polled[0] == wanted[0]:
+                self._epoll.modify(wanted[0], mask)
+            else:
+                self._epoll.register(wanted[0], mask)
+        self._polled = wanted
+
+    def _end(self, number: int, frame: object) -> None:
+        self._ending = True
+
+
+def lower_own_chances_of_being_killed() -> None:
+    """Ask the kernel to kill others first when memory runs out; without the right to, nothing happens."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-900")
+    except OSError:
+        os.getpid()
