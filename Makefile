@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-io bench-swarm bench-sim format clean csi-stubs
+.PHONY: setup demo test check bench bench-swarm bench-sim format clean csi-stubs
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 
@@ -21,10 +21,6 @@ check: setup
 
 bench: setup
 	@$(PYTHON) -m benchmarks
-
-# The data path in every mode of mount, against the local disk and against fetching without a mount.
-bench-io: setup
-	@$(PYTHON) -m benchmarks.io
 
 # Nodes in network namespaces; needs root.
 bench-swarm: setup

@@ -35,12 +35,13 @@ from rafsfs.format.codec import chunk_digest
 from rafsfs.format.space_table import SpaceTable, pack_record
 from rafsfs.net.http1 import HttpPool
 from rafsfs.net.http_server import HttpServer
+from rafsfs.net.mutual_tls import MutualTls
 from rafsfs.net.origin import Origin
 from rafsfs.store.data_space import DataSpace, create, open_space_directory
 
 from .measure import MIB, Row, commit, interleave, machine, median, rate, spread, table
 
-_SIZE: Final = 256 * MIB
+SIZE: Final = 256 * MIB
 _CHUNK: Final = MIB
 _RUN: Final = 4
 """Chunks per request."""
@@ -70,7 +71,7 @@ def _serve_bare(path: Path, tell: Connection) -> None:
 def _take_bare(port: int, space: DataSpace | None) -> None:
     wire = socket.create_connection(("127.0.0.1", port))
     buffer = memoryview(bytearray(_CHUNK))
-    for chunk in range(_SIZE // _CHUNK):
+    for chunk in range(SIZE // _CHUNK):
         if chunk % _RUN == 0:
             wire.sendall(b"x")
         got = 0
@@ -82,11 +83,12 @@ def _take_bare(port: int, space: DataSpace | None) -> None:
     wire.close()
 
 
-def _serve_ours(space: DataSpace, tell: Connection) -> None:
+def _serve_ours(space: DataSpace, tell: Connection, tls: MutualTls | None = None) -> None:
     async def serve() -> None:
         uploads = Uploads(lambda space_id: space if space_id == space.space_id else None, lambda space_id: [], "")
         async with trio.open_nursery() as nursery:
-            tell.send(await nursery.start(HttpServer(uploads.handle).serve, "127.0.0.1", 0))
+            server = HttpServer(uploads.handle, ssl_context=tls.server if tls is not None else None)
+            tell.send(await nursery.start(server.serve, "127.0.0.1", 0))
             before = _cpu()
             await trio.to_thread.run_sync(tell.recv)
             tell.send(_cpu() - before)
@@ -95,10 +97,12 @@ def _serve_ours(space: DataSpace, tell: Connection) -> None:
     trio.run(serve)
 
 
-def _take_ours(port: int, space: DataSpace, at_once: int) -> None:
+def take_ours(port: int, space: DataSpace, at_once: int, tls: MutualTls | None = None) -> None:
+    """Take all of a data space from the peer at a port, so many requests of _RUN chunks at once."""
     view = NeighbourView(Standing(Contact("giver", "127.0.0.1", port, Kind.PEER)), bytearray(b"\1" * space.table.count))
-    neighbour = Neighbour(view, Origin("http", "127.0.0.1", port), space)
-    pool = HttpPool(ssl_context=ssl.create_default_context(), timeout_s=10, use_proxies=False)
+    neighbour = Neighbour(view, Origin("http" if tls is None else "https", "127.0.0.1", port), space)
+    context = tls.peers if tls is not None else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    pool = HttpPool(ssl_context=context, timeout_s=10, use_proxies=False)
     buffers = BufferPool(32 * MIB)
 
     async def take(first: int) -> None:
@@ -115,14 +119,14 @@ def _take_ours(port: int, space: DataSpace, at_once: int) -> None:
     trio.run(take_all)
 
 
-class _Pair:
+class Pair:
     """A giver with everything, and takers with nothing."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        data = [os.urandom(_CHUNK) for _ in range(_SIZE // _CHUNK)]
+        data = [os.urandom(_CHUNK) for _ in range(SIZE // _CHUNK)]
         records = (pack_record(chunk_digest(chunk), number * _CHUNK, _CHUNK) for number, chunk in enumerate(data))
-        self._table = SpaceTable(b"".join(records), _SIZE)
+        self._table = SpaceTable(b"".join(records), SIZE)
         self._giver = self._fresh("giver")
         for number, chunk in enumerate(data):
             self._giver.store(number, chunk, verified=True)
@@ -135,13 +139,15 @@ class _Pair:
         create(str(where), self._table)
         return open_space_directory(str(where))[0]
 
-    def run(self, name: str, take: Callable[[int, DataSpace], None], *, bare: bool) -> float:
+    def run(
+        self, name: str, take: Callable[[int, DataSpace], None], *, bare: bool, tls: MutualTls | None = None
+    ) -> float:
         """Start both sides, return the seconds of the taker."""
         here, there = _CONTEXT.Pipe()
         if bare:
             giver = _CONTEXT.Process(target=_serve_bare, args=(Path(self._giver.path, "data"), there))
         else:
-            giver = _CONTEXT.Process(target=_serve_ours, args=(self._giver, there))
+            giver = _CONTEXT.Process(target=_serve_ours, args=(self._giver, there, tls))
         giver.start()
         port = here.recv()
         results, result = _CONTEXT.Pipe()
@@ -171,13 +177,13 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"{commit()}; {machine()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="rafs-peers-", dir=arguments.dir) as directory:
-        pair = _Pair(Path(directory))
+        pair = Pair(Path(directory))
         seconds = interleave(
             {
                 "bare": lambda: pair.run("bare", lambda port, _: _take_bare(port, None), bare=True),
                 "kept": lambda: pair.run("kept", _take_bare, bare=True),
-                "1": lambda: pair.run("1", lambda port, space: _take_ours(port, space, 1), bare=False),
-                "4": lambda: pair.run("4", lambda port, space: _take_ours(port, space, 4), bare=False),
+                "1": lambda: pair.run("1", lambda port, space: take_ours(port, space, 1), bare=False),
+                "4": lambda: pair.run("4", lambda port, space: take_ours(port, space, 4), bare=False),
             },
             arguments.rounds,
         )
@@ -185,10 +191,10 @@ def main() -> int:
     for ours in ("1", "4"):
         for baseline, text in (("bare", "sendfile and recv_into"), ("kept", "the same, hashed and written")):
             mine, other = median(seconds[ours]), median(seconds[baseline])
-            costs = [median(pair.cpu[name]) / _SIZE * 1e9 for name in (ours, baseline)]
+            costs = [median(pair.cpu[name]) / SIZE * 1e9 for name in (ours, baseline)]
             rows.append(Row(
                 f"peer to peer, {ours} request{'s' if ours != '1' else ''} at once",
-                rate(_SIZE, mine), f"{text}: {rate(_SIZE, other)}", other / mine, "-", None,
+                rate(SIZE, mine), f"{text}: {rate(SIZE, other)}", other / mine, "-", None,
                 f"{spread(seconds[ours])}; CPU {costs[0]:.2f} s/GB, {costs[1]:.2f}",
             ))  # fmt: skip
     print(table(rows))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from typing import Any, Final
 
 import click
 import trio
 
-from p2p.link import parse_addresses
+from p2p.link import dial, parse_addresses
 from p2p.protocol.frames import FrameStream
 from p2p.protocol.messages import (
     VERSION,
@@ -27,7 +28,7 @@ from rafsfs.errors import DeadlineError, NotFoundError, RemoteError, Unavailable
 from .options import DurationType, json_option, option, registry_options, scheduler_option, take_registry_options
 from .output import print_json, print_table, progress_bar, size
 from .run import run_async
-from .swarm import read_token, token_option
+from .swarm import read_token, take_tls_options, tls_options, token_option
 from .wiring import opened
 
 _BEAT_S: Final = 3.0
@@ -52,6 +53,7 @@ _BEAT_S: Final = 3.0
     help="Give up after this long; what is there stays.",
 )
 @token_option
+@tls_options
 @json_option
 @registry_options
 def command(
@@ -70,8 +72,9 @@ def command(
     if not scheduler:
         raise UsageError("no scheduler is named; give --scheduler HOST:PORT")
     registry = take_registry_options(options)
-    token = read_token(swarm_token_file)
-    nodes = run_async(_preheat, ref, scheduler, bool(everybody), timeout, token, registry, not as_json)
+    token, tls = read_token(swarm_token_file), take_tls_options(options)
+    context = tls.by_name if tls is not None else None
+    nodes = run_async(_preheat, ref, scheduler, bool(everybody), timeout, token, context, registry, not as_json)
     rows = [{"peer": n.peer, "done_bytes": n.done, "data_bytes": n.total, "error": n.error} for n in nodes]
     if as_json:
         print_json({"ref": ref, "nodes": rows})
@@ -83,7 +86,14 @@ def command(
 
 
 async def _preheat(
-    ref: str, scheduler: str, everybody: bool, timeout_s: float, token: str, registry: Any, bar: bool
+    ref: str,
+    scheduler: str,
+    everybody: bool,
+    timeout_s: float,
+    token: str,
+    tls: ssl.SSLContext | None,
+    registry: Any,
+    bar: bool,
 ) -> list[NodeProgress]:
     async with opened(ref, registry) as (reference, store):
         descriptor = await store.resolve(reference.reference)
@@ -92,7 +102,7 @@ async def _preheat(
     for host, port in parse_addresses(scheduler):
         try:
             with trio.fail_after(timeout_s):
-                return await _ask(host, port, image, everybody, token, bar)
+                return await _ask(host, port, image, everybody, token, tls, bar)
         except trio.TooSlowError:
             raise DeadlineError(f"{ref} was not everywhere after {timeout_s:g} s") from None
         except (OSError, UnavailableError) as error:
@@ -100,8 +110,10 @@ async def _preheat(
     raise UnavailableError(f"no scheduler of {scheduler} can be reached: {cause}")
 
 
-async def _ask(host: str, port: int, image: str, everybody: bool, token: str, bar: bool) -> list[NodeProgress]:
-    frames = FrameStream(await trio.open_tcp_stream(host, port))
+async def _ask(
+    host: str, port: int, image: str, everybody: bool, token: str, tls: ssl.SSLContext | None, bar: bool
+) -> list[NodeProgress]:
+    frames = FrameStream(await dial(host, port, tls))
     nodes: list[NodeProgress] = []
     try:
         await frames.send(encode(Hello(VERSION, secrets.token_hex(8), 0, Kind.TOOL, token=token)))

@@ -6,6 +6,7 @@ import logging
 import random
 import signal
 import sys
+from typing import Any
 
 import click
 import trio
@@ -15,7 +16,7 @@ from scheduler.server import Scheduler, SchedulerSettings
 
 from .options import option
 from .run import run_async
-from .swarm import read_token, split_address, token_option
+from .swarm import read_token, split_address, take_tls_options, tls_options, token_option
 
 
 @click.command("scheduler")
@@ -35,6 +36,7 @@ from .swarm import read_token, split_address, token_option
     help="Serve /healthz, /metrics and /swarm there.",
 )
 @token_option
+@tls_options
 @option(
     "--log-level",
     envvar="RAFS_LOG",
@@ -43,7 +45,7 @@ from .swarm import read_token, split_address, token_option
     show_default=True,
     help="How much is logged, on standard error.",
 )
-def command(listen: str, admin: str, swarm_token_file: str | None, log_level: str) -> None:
+def command(listen: str, admin: str, swarm_token_file: str | None, log_level: str, **options: Any) -> None:
     """Run a scheduler until it is told to stop. It keeps nothing on disk: nodes announce themselves again after a restart.
 
     Example: rafs scheduler --listen 0.0.0.0:7946 --admin 127.0.0.1:7947
@@ -51,7 +53,9 @@ def command(listen: str, admin: str, swarm_token_file: str | None, log_level: st
     logs.configure(log_level)
     host, port = split_address(listen, "--listen")
     admin_host, admin_port = split_address(admin, "--admin") if admin else ("127.0.0.1", None)
-    settings = SchedulerSettings(host, port, admin_host, admin_port, read_token(swarm_token_file))
+    settings = SchedulerSettings(
+        host, port, admin_host, admin_port, read_token(swarm_token_file), take_tls_options(options)
+    )
     run_async(_run, settings)
 
 

@@ -12,6 +12,7 @@ import click
 from p2p.swarm import SwarmSettings, open_swarm
 from rafsfs.errors import UsageError
 from rafsfs.interfaces import Swarm
+from rafsfs.net.mutual_tls import MutualTls, load_mutual_tls, refuse_if_public
 from rafsfs.store.cache import Cache
 
 from .options import SizeType, option, scheduler_option
@@ -40,10 +41,33 @@ def swarm_options(function: _F) -> _F:
             option("--upload-limit", envvar="RAFS_UPLOAD_LIMIT", type=SizeType(), default="0", metavar="SIZE",
                    help="Bytes per second for all uploads together.  [default: no limit]"),
             token_option,
+            tls_options,
+            option("--swarm-verify", envvar="RAFS_SWARM_VERIFY", type=click.Choice(["address", "chain"]), default="address",
+                   show_default=True, help="With TLS, what another node's certificate must be: for the address that it is reached at,"
+                   " or any of the authority."),
         )
     ):  # fmt: skip
         function = decorator(function)
     return function
+
+
+def tls_options(function: _F) -> _F:
+    """Add --swarm-cert, --swarm-key and --swarm-ca."""
+    for name, what in (
+        ("ca", "Authority of the swarm, PEM: TLS on all its ports, and no one without a certificate of it."),
+        ("key", "Its key, PEM.  [default: in the certificate's file]"),
+        ("cert", "Certificate of this node, PEM, for clients and servers; with --swarm-ca."),
+    ):
+        function = option(
+            f"--swarm-{name}", envvar=f"RAFS_SWARM_{name.upper()}", type=click.Path(dir_okay=False), help=what
+        )(function)
+    return function
+
+
+def take_tls_options(options: dict[str, Any]) -> MutualTls | None:
+    """Take what `tls_options` added out of a command's keyword arguments. Raises UsageError."""
+    cert, key, ca = (options.pop(f"swarm_{name}") or "" for name in ("cert", "key", "ca"))
+    return load_mutual_tls(cert, key, ca, any_address=options.pop("swarm_verify", "address") == "chain")
 
 
 def token_option(function: _F) -> _F:
@@ -60,6 +84,7 @@ def read_token(path: str | None) -> str:
     """Return the shared token, empty if there is none. Raises UsageError."""
     if not path:
         return ""
+    refuse_if_public(path, "the token of the swarm")
     try:
         with open(path, "rb") as file:
             text = file.read(4096).decode("ascii").strip()
@@ -91,6 +116,7 @@ def take_swarm_options(options: dict[str, Any]) -> SwarmSettings:
         rack=options.pop("rack"),
         token=read_token(options.pop("swarm_token_file")),
         upload_bytes_per_s=options.pop("upload_limit"),
+        tls=take_tls_options(options),
     )
 
 
@@ -104,6 +130,10 @@ def settings_from_environment() -> SwarmSettings:
         zone=os.environ.get("RAFS_ZONE", ""),
         rack=os.environ.get("RAFS_RACK", ""),
         token=read_token(os.environ.get("RAFS_SWARM_TOKEN_FILE")),
+        tls=load_mutual_tls(
+            *(os.environ.get(f"RAFS_SWARM_{name}", "") for name in ("CERT", "KEY", "CA")),
+            any_address=os.environ.get("RAFS_SWARM_VERIFY") == "chain",
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +21,7 @@ import trio
 from blake3 import blake3
 
 from rafsfs.errors import RafsError, UnavailableError, UsageError
+from rafsfs.net.tls import explain_tls_failure
 
 from .protocol.frames import FrameStream
 from .protocol.messages import (
@@ -82,6 +84,31 @@ def parse_addresses(text: str) -> list[tuple[str, int]]:
     return found
 
 
+async def dial(host: str, port: int, tls: ssl.SSLContext | None, *, name: str = "") -> trio.abc.Stream:
+    """Connect to a scheduler, whose certificate must be for `name`, by default the host. Raises OSError, RemoteError."""
+    stream = await trio.open_tcp_stream(host, port)
+    if tls is None:
+        return stream
+    wire = trio.SSLStream(stream, tls, server_hostname=name or host, https_compatible=True)
+    try:
+        await wire.do_handshake()
+    except trio.BrokenResourceError as error:
+        await trio.aclose_forcefully(stream)
+        raise _in_words(error, f"{host}:{port}") from error
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return wire
+
+
+def _in_words(error: BaseException, address: str) -> RafsError:
+    """Return what is wrong with TLS, or that the connection is: a refusal of our certificate comes with the first read."""
+    told = explain_tls_failure(error, f"the scheduler {address}")
+    return told or UnavailableError(
+        f"the scheduler {address} ended the connection; does it accept the certificate of this node (--swarm-cert), and the token?"
+    )
+
+
 class Links:
     """All schedulers of a node."""
 
@@ -92,12 +119,14 @@ class Links:
         answered: Callable[[Link, bytes, list[Ruling]], None],
         connected: Callable[[Link], None],
         lost: Callable[[Link], None],
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._hello = hello
         self._received = received
         self._answered = answered
         self._connected = connected
         self._lost = lost
+        self._tls = tls
         self.links: list[Link] = []
         self._numbers = itertools.count(1)
 
@@ -156,14 +185,19 @@ class Links:
 
     async def _run(self, link: Link) -> None:
         with trio.move_on_after(_CONNECT_S) as scope:
-            stream = await trio.open_tcp_stream(link.host, link.port)
+            stream = await dial(link.host, link.port, self._tls)
         if scope.cancelled_caught:
             raise UnavailableError(f"no connection within {_CONNECT_S:g} s")
         frames = FrameStream(stream)
         send, receive = trio.open_memory_channel[FromPeer](_QUEUE)
         try:
-            await frames.send(encode(self._hello))
-            heartbeat = await self._welcome(frames)
+            try:
+                await frames.send(encode(self._hello))
+                heartbeat = await self._welcome(frames)
+            except UnavailableError as error:
+                if self._tls is not None:
+                    raise _in_words(error, link.address) from error
+                raise
             async with trio.open_nursery() as nursery:
                 link.outbox = send
                 nursery.start_soon(_write, frames, receive)

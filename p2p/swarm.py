@@ -28,6 +28,7 @@ from rafsfs.interfaces import Obtained
 from rafsfs.metrics import Values
 from rafsfs.net.http1 import HttpPool
 from rafsfs.net.http_server import HttpServer
+from rafsfs.net.mutual_tls import MutualTls
 from rafsfs.net.origin import Origin
 from rafsfs.store.cache import Cache
 from rafsfs.store.data_space import DataSpace
@@ -84,12 +85,14 @@ class SwarmSettings:
     token: str = field(default="", repr=False)
     upload_bytes_per_s: float = 0
     """Of all uploads; 0: no limit."""
+    tls: MutualTls | None = field(default=None, repr=False)
+    """Of this node's ports and connections; all nodes of a swarm have it, or none."""
 
 
 class SwarmPeer:
     """The peer. Made by `open_swarm`."""
 
-    def __init__(self, cache: Cache, settings: SwarmSettings, rng: random.Random, ssl_context: ssl.SSLContext) -> None:
+    def __init__(self, cache: Cache, settings: SwarmSettings, rng: random.Random) -> None:
         self._cache = cache
         self._settings = settings
         self._rng = rng
@@ -100,8 +103,12 @@ class SwarmPeer:
         self._nursery: trio.Nursery | None = None
         self._started = trio.Event()
         self._headers = {"Authorization": f"Bearer {settings.token}"} if settings.token else {}
+        tls = settings.tls
+        # Without TLS of the swarm this context trusts nobody, and is not used.
+        context = tls.peers if tls is not None else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._scheme = "https" if tls is not None else "http"
         self._pool = HttpPool(
-            ssl_context=ssl_context, timeout_s=10.0, connections=64, use_proxies=False, user_agent="rafs-peer"
+            ssl_context=context, timeout_s=10.0, connections=64, use_proxies=False, user_agent="rafs-peer"
         )
         self._buffers = BufferPool(_BUFFERS)
         self._uploads = Uploads(cache.opened_space, self._pending, settings.token)
@@ -137,7 +144,12 @@ class SwarmPeer:
             self._links = Links(
                 Hello(0, self.core.id, 0, Kind.PEER), self._received, self._answered, self._connected, self._lost
             )
-            server = HttpServer(self._uploads.handle, pace=UploadPace(self._settings.upload_bytes_per_s))
+            tls = self._settings.tls
+            server = HttpServer(
+                self._uploads.handle,
+                pace=UploadPace(self._settings.upload_bytes_per_s),
+                ssl_context=tls.server if tls is not None else None,
+            )
             try:
                 self.port = await self._nursery.start(server.serve, self._settings.host, self._settings.port)
             except OSError as error:
@@ -149,7 +161,8 @@ class SwarmPeer:
             hello = Hello(
                 VERSION, self.core.id, self.port, kind, settings.zone, settings.rack, settings.token, settings.address
             )
-            self._links = Links(hello, self._received, self._answered, self._connected, self._lost)
+            context = tls.by_name if tls is not None else None
+            self._links = Links(hello, self._received, self._answered, self._connected, self._lost, context)
             _log.info("peer started: id=%s port=%d kind=%s", self.core.id, self.port, kind.name)
             self._started.set()
         await self._started.wait()
@@ -373,7 +386,10 @@ class SwarmPeer:
                     self.core.silent(task)
                     return
                 except (UnavailableError, RemoteError, FormatError) as error:
-                    _log.debug("neighbour is silent: peer=%s cause=%s", neighbour.id, error)
+                    # With TLS, what is neither silence nor nonsense is mostly a certificate, which somebody must mend.
+                    refused = self._settings.tls is not None and not isinstance(error, UnavailableError | FormatError)
+                    level = logging.WARNING if refused and attempt == 0 else logging.DEBUG
+                    _log.log(level, "neighbour is silent: peer=%s cause=%s", neighbour.id, error)
                     self.core.silent(task)
                 await trio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)] * self._rng.uniform(0.5, 1.5))
                 attempt += 1
@@ -444,7 +460,7 @@ class SwarmPeer:
             return
         assert isinstance(task.content, SpaceContent)
         contact = effect.neighbour.standing.contact
-        origin = Origin("http", contact.host.lower(), contact.port)
+        origin = Origin(self._scheme, contact.host.lower(), contact.port)
         neighbour = Neighbour(effect.neighbour, origin, task.content.space)
         self._neighbours[effect.task, contact.id] = neighbour
         nursery.start_soon(self._listen_until_left, task, neighbour)
@@ -503,7 +519,7 @@ def _log_effect(effect: Send | Listen) -> None:
 @asynccontextmanager
 async def open_swarm(cache: Cache, settings: SwarmSettings) -> AsyncIterator[SwarmPeer]:
     """Run a peer until the block ends."""
-    peer = SwarmPeer(cache, settings, random.Random(), ssl.create_default_context())
+    peer = SwarmPeer(cache, settings, random.Random())
     async with trio.open_nursery() as nursery:
         await nursery.start(peer.run)
         try:

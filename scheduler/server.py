@@ -13,10 +13,11 @@ import logging
 import os
 import random
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ from rafsfs.errors import FormatError, RafsError, UnavailableError
 from rafsfs.metrics import CONTENT_TYPE, Values, render
 from rafsfs.net.http_server import Answer as Page
 from rafsfs.net.http_server import HttpServer, Request
+from rafsfs.net.mutual_tls import MutualTls
 
 from .engine import Engine, Out
 from .metrics import SCHEDULER
@@ -80,7 +82,9 @@ class SchedulerSettings:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = None
     """None: no admin pages."""
-    token: str = ""
+    token: str = field(default="", repr=False)
+    tls: MutualTls | None = field(default=None, repr=False)
+    """For the port of peers: who shows no certificate of the swarm's authority is refused."""
 
 
 class Scheduler:
@@ -123,7 +127,10 @@ class Scheduler:
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         host = "?"
-        frames = FrameStream(stream)
+        wire: trio.abc.Stream = stream
+        if self._settings.tls is not None:
+            wire = trio.SSLStream(stream, self._settings.tls.server, server_side=True, https_compatible=True)
+        frames = FrameStream(wire)
         self._open += 1
         try:
             host = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
@@ -131,7 +138,7 @@ class Scheduler:
                 self.refused["too many"] += 1
                 return
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            hello = await self._hello(frames, host)
+            hello = await self._hello(wire, frames, host)
             if hello is None or not self._may_enter(hello, host):
                 return
             await self._peer(hello, host, frames)
@@ -149,10 +156,12 @@ class Scheduler:
             with trio.CancelScope(shield=True):
                 await frames.aclose()
 
-    async def _hello(self, frames: FrameStream, host: str) -> Hello | None:
+    async def _hello(self, wire: trio.abc.Stream, frames: FrameStream, host: str) -> Hello | None:
         self._unknown[host] += 1
         try:
             with trio.move_on_after(_HELLO_S):
+                if isinstance(wire, trio.SSLStream) and not await self._shake_hands(wire, host):
+                    return None
                 body = await frames.receive()
                 message = decode_from_peer(body) if body is not None else None
                 return message if isinstance(message, Hello) else None
@@ -161,6 +170,17 @@ class Scheduler:
             self._unknown[host] -= 1
             if not self._unknown[host]:
                 del self._unknown[host]
+
+    async def _shake_hands(self, wire: trio.SSLStream[trio.SocketStream], host: str) -> bool:
+        try:
+            await wire.do_handshake()
+        except trio.BrokenResourceError as error:
+            if isinstance(error.__cause__, ssl.SSLError):  # which the other side is not told: trio sends no alert
+                self.refused["certificate"] += 1
+                reason = error.__cause__.reason or str(error.__cause__)
+                _log.warning("peer refused: host=%s TLS: %s", host, reason.lower().replace("_", " "))
+            return False
+        return True
 
     def _may_enter(self, hello: Hello, host: str) -> bool:
         if hello.version != VERSION:

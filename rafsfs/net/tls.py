@@ -53,7 +53,7 @@ def explain_tls_failure(error: BaseException, server: str) -> RemoteError | None
         if isinstance(cause, ssl.SSLCertVerificationError):
             return RemoteError(
                 f"the TLS certificate of {server} is not accepted: {cause.verify_message or cause.reason}; "
-                "give the CA that signed it with --ca-file"
+                "give the CA that signed it with --ca-file (of a scheduler or another node: --swarm-ca)"
             )
         if isinstance(cause, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
             return None
@@ -74,7 +74,7 @@ def _explain_ssl_error(error: ssl.SSLError, server: str) -> RemoteError:
     if "CERTIFICATE_REQUIRED" in reason or "BAD_CERTIFICATE" in reason or "HANDSHAKE_FAILURE" in reason:
         return AccessDeniedError(
             f"{server} refused the TLS handshake ({_reason(error)}); it may want a client certificate: "
-            "give one with --client-cert and --client-key"
+            "give one with --client-cert and --client-key (to a scheduler or another node: --swarm-cert and --swarm-key)"
         )
     if "UNKNOWN_CA" in reason or "CERTIFICATE_" in reason:
         return AccessDeniedError(f"{server} does not accept our client certificate ({_reason(error)})")

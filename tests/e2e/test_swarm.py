@@ -104,6 +104,7 @@ def test_a_second_image_costs_the_difference(swarm: Swarm, registry: Registry, n
 def test_a_token_is_asked_for(tmp_path: Path, registry: Registry, noise: Path) -> None:
     token = tmp_path / "token"
     token.write_text("a-secret-of-thirty-characters!\n")
+    token.chmod(0o600)
     with ExitStack() as stack:
         swarm = Swarm(tmp_path, stack)
         ref = push(swarm.host, noise, registry)
