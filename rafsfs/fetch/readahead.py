@@ -107,7 +107,7 @@ class Readahead:
         proven = stop > stream.home + MARGIN_BYTES if tensor is not None else stream.length > stream.quiet
         if proven or stream.files > 1:
             return min(stop + window, max(own[1], following) if stream.files > 1 else own[1])
-        return min(stream.home, stop + limit)
+        return min(stream.home, stop + window)
 
     def _find(self, first: int, stop: int, own: Span) -> _Stream | None:
         """Take out the stream that a demand continues: at its end, overlapping it, inside its window, or in the next file."""
