@@ -198,8 +198,12 @@ class Node:
 
     async def _is_bound(self, record: VolumeRecord) -> bool:
         devices = await trio.to_thread.run_sync(binds.mount_devices)
-        there = devices.get(record.target)
-        return there is not None and there == devices.get(self.mounts.path(record.mount_key))
+        there, path = devices.get(record.target), self.mounts.path(record.mount_key)
+        if there is None or there == devices.get(path):
+            return there is not None
+        # The mount was promoted since: what the pod has is as good as long as somebody serves it, and taking it away would show.
+        mount = (await self.mounts.status()).get(path)
+        return mount is not None and there in mount.get("devices", ())
 
     async def _is_good(self, record: VolumeRecord) -> bool:
         return await self._is_bound(record) and await self.mounts.is_alive(record.target)

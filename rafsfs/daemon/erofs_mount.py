@@ -136,6 +136,7 @@ class ErofsMount(Mount):
                 {"number": running.record.number, "mode": running.record.rung, "worker": running.record.worker_pid}
                 for running in self._running
             ],
+            "devices": [running.record.device for running in self._running if self._is_served(running)],
             "breached": any(running.record.breached for running in self._running),
         }
 
@@ -290,6 +291,7 @@ class ErofsMount(Mount):
             try:
                 running.record.superblocks = list(mount.superblocks)
                 running.record.mount_id = mount.mount_id
+                running.record.device = mount.device
                 self._save()
                 superblock.set_read_ahead(mount.superblocks, self.spec.read_ahead_kb)
                 replacing = replaced.record.mount_id if replaced is not None else 0

@@ -31,6 +31,8 @@ class Generation:
     worker_start: int = 0
     descriptors: list[int] = field(default_factory=list)
     """Numbers, in the worker, of what it serves: /dev/fuse; or group and journal."""
+    device: str = ""
+    """`major:minor` of its files."""
     breached: bool = False
     """Kernel mode: nobody held the group for a while, so holes may have been read."""
 

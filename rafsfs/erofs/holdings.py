@@ -72,11 +72,12 @@ class Holdings:
             self._held[name] = descriptor
             try:
                 if self._line is None:
-                    await self._start()
-                self._ask(f"put {name}", descriptor)
-            except OSError as error:
-                self._lost()
-                raise MountError(f"the holder of {self._cache_dir} does not answer: {error}") from error
+                    await self._renew()
+                else:
+                    self._ask(f"put {name}", descriptor)
+            except OSError:
+                # It has just died: what was to be held is held by the next one.
+                await self._renew()
             finally:
                 if old >= 0:
                     os.close(old)
@@ -105,18 +106,14 @@ class Holdings:
                 with suppress(trio.ClosedResourceError, OSError):
                     await trio.lowlevel.wait_readable(line)  # it never speaks first: it has ended
             async with self._turn:
-                if self._line is not line or not self._held:
-                    continue  # let go of on purpose
-                self._lost()
+                if not self._held or (self._line is not None and self._line is not line):
+                    continue  # let go of on purpose, or replaced already
                 _log.warning("holder died, starting another: descriptors=%d", len(self._held))
                 try:
-                    await self._start()
-                    for name, descriptor in self._held.items():
-                        self._ask(f"put {name}", descriptor)
-                except (OSError, MountError) as error:
+                    await self._renew()
+                except MountError as error:
                     _log.error("no holder: %s", error)
-                    self._lost()
-                    self._connected.set()
+                    self._connected.set()  # try again
             await trio.sleep(0.2)
 
     def rest(self) -> None:
@@ -128,6 +125,17 @@ class Holdings:
         for descriptor in self._held.values():
             os.close(descriptor)
         self._held.clear()
+
+    async def _renew(self) -> None:
+        """Start a holder and give it everything. `_turn` is held. Raises MountError."""
+        self._lost()
+        try:
+            await self._start()
+            for name, descriptor in self._held.items():
+                self._ask(f"put {name}", descriptor)
+        except OSError as error:
+            self._lost()
+            raise MountError(f"the holder of {self._cache_dir} does not answer: {error}") from error
 
     async def _start(self) -> None:
         with suppress(OSError):

@@ -33,6 +33,8 @@ class DetachedMount:
     superblocks: tuple[str, ...]
     """Names below /sys/fs/erofs: one, or more if somebody else on this machine mounted in the same instant. Ours is among them."""
     mount_id: int
+    device: str
+    """`major:minor` of its files."""
 
     def close(self) -> None:
         """Let go of it."""
@@ -64,7 +66,8 @@ def create(bootstrap: str, devices: Sequence[str]) -> DetachedMount:
     if not names:
         os.close(descriptor)
         raise MountError(f"{_SYSFS} does not name the superblock of {bootstrap}: nobody could tell when it is gone")
-    return DetachedMount(descriptor, names, syscalls.mount_id(descriptor))
+    device = os.fstat(descriptor).st_dev  # of the root, which the bootstrap holds: no process is asked
+    return DetachedMount(descriptor, names, syscalls.mount_id(descriptor), f"{os.major(device)}:{os.minor(device)}")
 
 
 def attach(mount: DetachedMount, mountpoint: str, *, replacing: int = 0) -> None:
