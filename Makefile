@@ -1,7 +1,9 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm bench-sim format clean csi-stubs
+.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
+KILLS ?= 200
+SEED ?= 1
 
 setup:
 	@scripts/setup.sh
@@ -33,6 +35,10 @@ csi-stubs: setup
 # Swarms of hundreds and thousands of nodes, simulated.
 bench-sim: setup
 	@$(PYTHON) -m benchmarks.swarm_sim
+
+# Kills of every process of a node in each mode, under readers; needs root, takes long.
+soak: setup
+	@for mode in erofs lazy kernel fuse; do $(PYTHON) -m tests.soak.kills --mode $$mode --kills $(KILLS) --seed $(SEED) || exit 1; done
 
 format: setup
 	@$(PYTHON) -m ruff format .

@@ -1,0 +1,1 @@
+"""Mounting by the kernel: decisions, bytes, guards."""

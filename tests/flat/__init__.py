@@ -1,0 +1,1 @@
+"""The flat server: bytes of its protocol."""
