@@ -60,6 +60,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="A read that cannot be served fails with EIO after this long.",
 )
+@option(
+    "--include",
+    envvar="RAFS_INCLUDE",
+    multiple=True,
+    metavar="GLOB",
+    help="Show only what matches, such as *.safetensors or tokenizer/; repeatable.  [default: all]",
+)
+@option(
+    "--exclude",
+    envvar="RAFS_EXCLUDE",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out what matches; it is not fetched either; repeatable.  [default: nothing]",
+)
 @scheduler_option
 @option("--foreground", is_flag=True, envvar="RAFS_FOREGROUND", help="Stay until Ctrl-C, then unmount.")
 @cache_dir_option
@@ -76,6 +90,8 @@ def command(ref: str, directory: str, cache_dir: str, foreground: bool, as_json:
         "mountpoint": mountpoint_of(directory),
         "mode": options["mode"],
         "prefetch": options["prefetch"],
+        "include": list(options["include"]),
+        "exclude": list(options["exclude"]),
         "deadline_s": options["deadline"],
         "scheduler": options["scheduler"],
     }

@@ -193,7 +193,7 @@ class Node:
                 await trio.to_thread.run_sync(
                     lambda: binds.bind(path, spec.sub_path, record.target, executable=spec.executable)
                 )
-        if spec.prefetch == "all":
+        if spec.prefetch == "all" and not (spec.include or spec.exclude):
             self._fill_later(record)
 
     async def _is_bound(self, record: VolumeRecord) -> bool:

@@ -21,7 +21,7 @@ from ..types import Digest
 from .codes import Code, CsiError
 
 PREFETCH: Final = ("none", "all")
-MODES: Final = ("auto", "fuse", "kernel")
+MODES: Final = ("auto", "fuse", "lazy", "kernel")
 MOST_PATTERNS: Final = 64
 _FOREIGN: Final = ("csi.storage.k8s.io/", "storage.kubernetes.io/")
 """Keys that Kubernetes adds."""
@@ -152,7 +152,9 @@ def key_of(text: str) -> str:
 
 def mount_key(digest: str, store: str, spec: VolumeSpec) -> str:
     """Return the name of the mount that volumes share: those of one image of one repository, seen in the same way."""
-    seen = [digest, store, spec.mode, sorted(spec.include), sorted(spec.exclude)]
+    seen: list[object] = [digest, store, spec.mode, sorted(spec.include), sorted(spec.exclude)]
+    if spec.include or spec.exclude:
+        seen.append(spec.prefetch)  # a part of an image is filled by its own mount alone
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:24]
 
 

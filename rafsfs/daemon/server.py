@@ -67,6 +67,7 @@ from .mounts import Mount, rss_bytes
 from .prefetch_calls import PrefetchCalls
 from .protocol import Request
 from .session import PROGRESS_S, Progress, Session, first_error
+from .views import View, check_patterns, open_view, sweep_views
 from .web_files import WebFiles
 
 _log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Daemon:
         self._get_calls = GetCalls(self.web_files, self._images, fetcher, evictor, self._open)
         self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests, self.web_files)
         self._prefetch_calls = PrefetchCalls(cache, fetcher)
+        self._views: dict[str, View] = {}
+        """Parts of images that mounts show, by the path of their bootstrap."""
         self._mounting: set[str] = set()
         self._cached_bytes = 0
         self.metrics_port = 0
@@ -226,6 +229,8 @@ class Daemon:
         mode, prefetch = params.get("mode", "auto"), params.get("prefetch", "none")
         if prefetch not in {"none", "all"}:
             raise UsageError(f"prefetch {prefetch!r} is not in this version, expected none or all")
+        include, exclude = list(params.get("include", ())), list(params.get("exclude", ()))
+        check_patterns(include, exclude)
         ladder = await self._look_at_ladder()
         choose(mode, complete=True, ladder=ladder)  # what can be refused is refused before anything is fetched
         if mountpoint in self._mounting or self._is_ours(mountpoint):
@@ -245,6 +250,8 @@ class Daemon:
                     cache_dir=self._cache.path,
                     mode=mode,
                     prefetch=prefetch,
+                    include=include,
+                    exclude=exclude,
                     deadline_s=float(params.get("deadline_s", 60.0)),
                     read_ahead_kb=int(params.get("read_ahead_kb", 1024)),
                     allow_other=may_allow_other(),
@@ -253,6 +260,7 @@ class Daemon:
                     scheduler=params.get("scheduler", ""),
                     daemon_argv=daemon_argv(self._cache.path),
                 )
+                await self._open_view(spec, opened)
                 spaces = await trio.to_thread.run_sync(self._spaces_of, opened)
                 complete = await trio.to_thread.run_sync(_settle, spaces)
                 spec.rung, spec.why = choose(mode, complete=complete, ladder=ladder)
@@ -279,16 +287,27 @@ class Daemon:
             )
             spec = replace(spec, id=os.urandom(8).hex(), rung="fuse", why=mount.reason, generations=[], detached=False)
         check_fuse()
-        mount = Mount(spec, opened.source, opened.data_bytes, self._log_path)
+        mount = Mount(spec, opened.source, self._data_bytes(spec, opened), self._log_path)
         await self._run_mount(mount, opened)
         mount.raise_if_failed()
         return mount
 
     def _erofs_mount(self, spec: MountSpec, opened: OpenedImage, spaces: list[DataSpace]) -> Mount:
         return ErofsMount(
-            spec, opened.source, opened.data_bytes, self._log_path,
-            image=opened.image, spaces=spaces, holdings=self._holdings,
+            spec, opened.source, self._data_bytes(spec, opened), self._log_path,
+            image=view.image if (view := self._views.get(spec.view)) else opened.image, spaces=spaces, holdings=self._holdings,
         )  # fmt: skip
+
+    async def _open_view(self, spec: MountSpec, opened: OpenedImage) -> None:
+        """Make the part of the image that a mount shows, if it does not show all. Raises UsageError, FormatError, CacheError."""
+        if spec.include or spec.exclude:
+            view = await trio.to_thread.run_sync(open_view, self._cache.path, opened.image, spec.include, spec.exclude)
+            spec.view = view.image.bootstrap_path
+            self._views[spec.view] = view
+
+    def _data_bytes(self, spec: MountSpec, opened: OpenedImage) -> int:
+        view = self._views.get(spec.view)
+        return opened.data_bytes if view is None else view.sizes(self._cache)[1]
 
     def _spaces_of(self, opened: OpenedImage) -> list[DataSpace]:
         """Return the data spaces of an image in the order of its bootstrap's device slots. Raises FormatError. Blocking."""
@@ -351,13 +370,17 @@ class Daemon:
     async def _prefetch(self, mount: Mount, opened: OpenedImage) -> None:
         """Fill the image behind a mount; a failure is tried again, since reads do their own fetching meanwhile."""
         await mount.ready.wait()
+        view = self._views.get(mount.spec.view)
         while True:
             try:
-                await self._fetcher.prefetch_all(opened.source, on_behalf=mount.sources)
+                if view is None:
+                    await self._fetcher.prefetch_all(opened.source, on_behalf=mount.sources)
+                else:
+                    await self._fetcher.prefetch_spans(view.spans, on_behalf=mount.sources)
             except* RafsError as group:
                 _log.warning("prefetch paused: mountpoint=%s cause=%s", mount.spec.mountpoint, group.exceptions[0])
-            if self._images.present_bytes(opened.source) >= opened.data_bytes:
-                _log.info("prefetch complete: mountpoint=%s bytes=%d", mount.spec.mountpoint, opened.data_bytes)
+            if self._present_bytes(mount) >= mount.data_bytes:
+                _log.info("prefetch complete: mountpoint=%s bytes=%d", mount.spec.mountpoint, mount.data_bytes)
                 return
             await trio.sleep(5)
 
@@ -451,7 +474,11 @@ class Daemon:
         return Answer(404, b"/healthz, /metrics\n", {"Content-Type": "text/plain"})
 
     def _mount_status(self, mount: Mount) -> dict[str, Any]:
-        return mount.status() | {"present_bytes": self._images.present_bytes(mount.source)}
+        return mount.status() | {"present_bytes": self._present_bytes(mount)}
+
+    def _present_bytes(self, mount: Mount) -> int:
+        view = self._views.get(mount.spec.view)
+        return self._images.present_bytes(mount.source) if view is None else view.sizes(self._cache)[0]
 
     async def _pull(self, params: dict[str, Any], progress: Progress) -> dict[str, Any]:
         started = time.monotonic()
@@ -619,6 +646,9 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             for spec in list(load_specs(self._cache.path)):
                 nursery.start_soon(self._restore, spec, left_alone)
+        await trio.to_thread.run_sync(
+            sweep_views, self._cache.path, [spec.view for spec in load_specs(self._cache.path)]
+        )
         for digest in self._recorded.keys() - left_alone:
             self._let_go_recorded(digest)
         self._restored.set()
@@ -628,6 +658,7 @@ class Daemon:
             reference = parse_reference(spec.ref).with_digest(Digest(spec.digest))
             await self._use_scheduler(spec.scheduler)
             opened = await self._open(str(reference), RegistryOptions(**spec.registry))
+            await self._open_view(spec, opened)
             spaces = await trio.to_thread.run_sync(self._spaces_of, opened) if spec.rung != "fuse" else []
         except (RafsError, TypeError) as error:
             _log.error("mount cannot be restored: mountpoint=%s cause=%s", spec.mountpoint, error)
@@ -639,7 +670,7 @@ class Daemon:
                     await trio.to_thread.run_sync(lambda: unmount(spec.mountpoint, lazy=True))
             return
         if spec.rung == "fuse":
-            mount = Mount(spec, opened.source, opened.data_bytes, self._log_path)
+            mount = Mount(spec, opened.source, self._data_bytes(spec, opened), self._log_path)
         else:
             mount = self._erofs_mount(spec, opened, spaces)
         self._mounts[spec.id] = mount

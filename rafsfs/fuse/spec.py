@@ -43,6 +43,10 @@ class MountSpec:
     """Why not a better way."""
     detached: bool = False
     """Unmounted, but somebody still has it open: guarded and counted until the kernel lets it go."""
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    view: str = ""
+    """Bootstrap that is served in place of the image's own: of the files that `include` and `exclude` leave."""
     generations: list[dict[str, Any]] = field(default_factory=list)
     """Superblocks of kernel mounts, oldest first (rafsfs/erofs/generation.py)."""
     spaces: list[str] = field(default_factory=list)

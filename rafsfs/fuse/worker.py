@@ -50,7 +50,7 @@ class Worker:
     def __init__(self, spec: MountSpec) -> None:
         self.spec = spec
         directory = os.path.join(spec.cache_dir, "images", spec.digest.removeprefix("sha256:"))
-        path = os.path.join(directory, "bootstrap.erofs")
+        path = spec.view or os.path.join(directory, "bootstrap.erofs")
         try:
             with open(path, "rb") as file:
                 self.bootstrap = Bootstrap(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))

@@ -48,11 +48,13 @@ class CachedImage:
 
     digest: Digest
     directory: str
+    view: str = ""
+    """Path of a bootstrap of a part of it, to be used in place of its own; empty: all of it."""
 
     @property
     def bootstrap_path(self) -> str:
         """Path of the uncompressed bootstrap."""
-        return os.path.join(self.directory, "bootstrap.erofs")
+        return self.view or os.path.join(self.directory, "bootstrap.erofs")
 
     def manifest(self) -> ImageManifest:
         """Read the manifest."""

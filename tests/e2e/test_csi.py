@@ -197,6 +197,20 @@ def test_a_claim_keeps_the_content_that_its_tag_had(kubelet: Kubelet, registry: 
     kubelet.call("Controller", "DeleteVolume", pb.DeleteVolumeRequest(volume_id=volume.volume_id))
 
 
+def test_a_volume_shows_and_fetches_what_its_pod_wants(kubelet: Kubelet, registry: Registry, tmp_path: Path) -> None:
+    top = source(tmp_path)
+    ref = published(registry, kubelet, top)
+    target = kubelet.publish("csi-part", {"ref": ref, "exclude": '["weights.bin"]', "prefetch": "all"})
+    other = kubelet.publish("csi-all", {"ref": ref}, "other")
+    assert sorted(os.listdir(target)) == ["config.json", "sub"]
+    assert compare_trees(top / "sub", target / "sub") == []
+    wait_for(lambda: kubelet.page("/v1/volumes/csi-part")["complete"], "the part is complete")
+    assert kubelet.page("/v1/volumes/csi-part")["total_bytes"] < 1 << 20
+    assert compare_trees(top, other) == []
+    kubelet.unpublish("csi-part")
+    kubelet.unpublish("csi-all", "other")
+
+
 def test_fifty_publishes_at_once(kubelet: Kubelet, registry: Registry, tmp_path: Path) -> None:
     tops = [source(tmp_path, f"m{n}", 1 << 20) for n in range(3)]
     refs = [published(registry, kubelet, top, f"m{n}") for n, top in enumerate(tops)]
