@@ -5,9 +5,9 @@ anybody. Publish mounts metadata and returns; bytes follow. A record is written 
 and `sweep` find what a crash left. Rule: what a pod may read is decided by the registry with the pod's own credentials, never
 by what another pod has fetched.
 
-Concurrency: calls run as trio tasks. A second call for a volume in flight gets ABORTED. Per shared mount a lock (`mounts`),
-taken after the volume is claimed; no other locks. A cancelled publish leaves a record and at most a mount; the next call or
-`sweep` goes on from there.
+Concurrency: calls run as trio tasks. A second call for a volume in flight gets ABORTED; one that meets `heal` waits for it. Per
+shared mount a lock (`mounts`), taken after the volume is claimed; no other locks. A cancelled publish leaves a record and at
+most a mount; the next call or `sweep` goes on from there.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Node:
         self._directory = directory
         self._dynamic = DynamicVolumes(directory, self.records, mounts, self.resolve, loopback=loopback)
         self._busy: set[str] = set()
+        self._healing: dict[str, trio.Event] = {}
         self._missed: dict[str, int] = {}
         self._fills: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -240,6 +241,8 @@ class Node:
 
     @asynccontextmanager
     async def _claim(self, volume_id: str) -> AsyncIterator[None]:
+        while volume_id in self._healing:  # our own doing is not a call in flight: whoever calls waits for it
+            await self._healing[volume_id].wait()
         if volume_id in self._busy:
             raise CsiError(Code.ABORTED, f"another call for volume {volume_id} is in flight")
         self._busy.add(volume_id)
@@ -247,6 +250,15 @@ class Node:
             yield
         finally:
             self._busy.discard(volume_id)
+
+    @asynccontextmanager
+    async def _heal_one(self, volume_id: str) -> AsyncIterator[None]:
+        done = self._healing[volume_id] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._healing[volume_id]
+            done.set()
 
     # ---- by itself -----------------------------------------------------------------------------------------------
 
@@ -280,12 +292,17 @@ class Node:
                 ):
                     _log.error("mount hangs and is aborted: path=%s", path)
         for record in self.records:
-            if record.volume_id in self._busy or not record.mount_key or record.spec.dynamic:
+            if (
+                record.volume_id in self._busy
+                or record.volume_id in self._healing
+                or not record.mount_key
+                or record.spec.dynamic
+            ):
                 continue
             if self.mounts.lock(record.mount_key).locked() or await self._is_good(record):
                 continue
             try:
-                async with self._claim(record.volume_id):
+                async with self._heal_one(record.volume_id):
                     auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(record.volume_id))
                     await self._bring_up(record, auths)
                     _log.info("volume bound anew: id=%s target=%s", record.volume_id, record.target)

@@ -37,7 +37,7 @@ for turn in range(1000):
         with open(os.path.join(sys.argv[1], name), "rb") as file:
             digest.update(file.read())
     print(digest.hexdigest(), flush=True)
-    time.sleep(0.05)
+    time.sleep(0.5)
 """
 
 

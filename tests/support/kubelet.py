@@ -71,7 +71,7 @@ class Kubelet:
                 stderr=log,
                 env=self.node.env,
             )
-        said = output_within(self.driver, b"serving", 30)
+        said = output_within(self.driver, b"serving", 90)
         self.pages = int(said.split(b"port ")[1].split()[0])
         self.disconnect()
         self._channel = grpc.insecure_channel(f"unix://{self.socket}")
