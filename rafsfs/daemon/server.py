@@ -74,6 +74,8 @@ _log = logging.getLogger(__name__)
 
 _SYNC_S: Final = 2.0
 """How long a chunk may be present before it is brought to the disk and entered in the index."""
+_AFRESH_S: Final = 10.0
+"""Longest that commands wait at a start for a mount of kernel mode to be safe."""
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -675,6 +677,10 @@ class Daemon:
             mount = self._erofs_mount(spec, opened, spaces)
         self._mounts[spec.id] = mount
         self._nursery.start_soon(self._supervise, mount, opened)
+        if spec.rung == "kernel" and not spec.detached:
+            # Nobody is told of a mount whose holes may just have been readable before it is mounted afresh.
+            with trio.move_on_after(_AFRESH_S):
+                await mount.ready.wait()
 
     async def sync_for_ever(self) -> None:
         """Bring what was fetched to the disk, every two seconds while there is anything."""

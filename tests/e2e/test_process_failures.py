@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from tests.support.processes import Node, drop_page_cache, kill, read_within, running_node, wait_for
+from tests.support.processes import Node, drop_page_cache, is_alive, kill, read_within, running_node, wait_for
 from tests.support.registry import Registry
 
 from .wire import Wire, wire_to
@@ -192,6 +192,28 @@ def test_a_worker_killed_while_no_daemon_runs_is_repaired_by_the_next_command(
     wait_for(lambda: node.worker_pids() and os.path.ismount(mounted), "the mount is back", 20)
     wanted = (model / "config.json").read_bytes()
     assert read_within(mounted / "config.json", 0, len(wanted), 20) == wanted
+
+
+def test_kernel_mode_without_any_of_its_three_processes_is_found_and_mended_by_the_next_command(
+    node: Node, registry: Registry, model: Path
+) -> None:
+    ref = f"localhost:{registry.port}/e2e/model:v1"
+    node.build(model, ref)
+    mounted = node.mount(ref, "mnt", "--mode", "kernel")
+    name = "model.bf16.safetensors"
+    wanted = (model / name).read_bytes()
+    assert read_within(mounted / name, 0, 4096, 20) == wanted[:4096]
+    doomed = [node.daemon_pid(), *node.worker_pids(), *node.processes("holder.py")]
+    assert len(doomed) == 3
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(map(is_alive, doomed)), "all three have ended")
+    # docs/operations.md: what was not fetched may read as zeros now. Then a command runs.
+    read_within(mounted / name, 0, len(wanted), 20)
+    node.status()
+    assert "BREACH" in node.log()
+    assert read_within(mounted / name, 0, len(wanted), 30) == wanted, "new opens are right"
+    node.rafs("umount", mounted)
 
 
 @pytest.fixture
