@@ -45,10 +45,13 @@ class FinishedBlob:
 class BlobWriter:
     """A blob being written."""
 
-    def __init__(self, store: ImageStore, journal: Journal | None, key: str) -> None:
+    def __init__(
+        self, store: ImageStore, journal: Journal | None, key: str, limiter: trio.CapacityLimiter | None = None
+    ) -> None:
         self._store = store
         self._journal = journal
         self._key = key
+        self._limiter = limiter
         self._hash = hashlib.sha256()
         self._kept: Parts = []
         self._filled = 0
@@ -110,7 +113,7 @@ class BlobWriter:
         async with onward:
             async for parts, taken in self._receive:
                 if not self.is_stale:
-                    await trio.to_thread.run_sync(self._hash_and_keep, parts)
+                    await trio.to_thread.run_sync(self._hash_and_keep, parts, limiter=self._limiter)
                 if self._is_streaming and self._expected is None:
                     await onward.send((parts, taken))
                     continue

@@ -186,6 +186,7 @@ class _Build:
         self._earlier = earlier
         self._base = base
         self._map = ChunkMapBuilder()
+        self._threads = trio.CapacityLimiter(options.threads or os.cpu_count() or 1)
         self._reuse = Reuse(earlier, store, self._map)
         self._writers: dict[int, BlobWriter] = {}
         ranges = [file.ranges for file in scanned.files]
@@ -244,7 +245,7 @@ class _Build:
                 paths=lambda number: self._scan.relative(self._scan.files[number]),
                 chunk_size=self._options.chunk_size,
                 codec=self._options.codec,
-                threads=self._options.threads or os.cpu_count() or 1,
+                limiter=self._threads,
                 progress=self._report,
             )
             streams = [chunks_of_space(number, space, cutter.cutter) for number, space in enumerate(self._spaces)]
@@ -254,7 +255,7 @@ class _Build:
     def _open_blob(self, space: int, nursery: trio.Nursery) -> tuple[int, BlobWriter]:
         index = self._map.reserve_blob()
         key = _journal_key(self._scan, self._spaces[space], self._options, self._store.name) if self._journal else ""
-        writer = BlobWriter(self._store, self._journal, key)
+        writer = BlobWriter(self._store, self._journal, key, self._threads)
         self._writers[index] = writer
         nursery.start_soon(writer.run)
         return index, writer

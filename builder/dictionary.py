@@ -46,7 +46,7 @@ class DictionaryEntry:
 
 
 class ChunkDictionary:
-    """An open dictionary. One thread at a time."""
+    """An open dictionary. Any thread may look things up, one at a time notes them."""
 
     def __init__(self, environment: lmdb.Environment) -> None:
         self._env = environment

@@ -3,11 +3,14 @@ one stored as a difference.
 
 Decided here: the table, and nothing about order: callers add in the order that decides which of two equal chunks is the new one. A
 dict of objects would take 200 bytes per chunk: 3 GB for a TiB in chunks of 64 KiB.
+
+Concurrency: one task adds; threads may ask `in` meanwhile, a lock keeps them from a table that is being made anew.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from array import array
 from dataclasses import dataclass
 from typing import Final
@@ -38,22 +41,28 @@ class KnownChunks:
         self._slots = array("I", bytes(4 * _FIRST_SLOTS))  # number + 1; 0: free
         self._count = 0
         self._bases: dict[int, tuple[int, int]] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, digest: bytes) -> tuple[int, bool]:
         """Return (number of the chunk with this digest, whether it is new)."""
-        slot, number = self._find(digest)
-        if number is not None:
-            return number, False
-        number = self._count
-        self._slots[slot] = number + 1
-        self._records += digest + bytes(_PLACE.size)
-        self._count += 1
-        if 3 * self._count > 2 * len(self._slots):
-            self._grow()
-        return number, True
+        with self._lock:
+            slot, number = self._find(digest)
+            if number is not None:
+                return number, False
+            number = self._count
+            self._slots[slot] = number + 1
+            self._records += digest + bytes(_PLACE.size)
+            self._count += 1
+            if 3 * self._count > 2 * len(self._slots):
+                self._grow()
+            return number, True
+
+    def __contains__(self, digest: bytes) -> bool:
+        with self._lock:
+            return self._find(digest)[1] is not None
 
     def set_place(self, number: int, place: Place) -> None:
         """Say where chunk `number` is stored."""

@@ -1,17 +1,21 @@
 """From planned chunks to blobs: read, hash, look up, encode, append; several threads, one order.
 
-Decided here: batches, bounds, and that the commit order is the planned order. A batch goes through two hops to a thread: read and hash,
-then, for chunks not known yet, encode. Between the hops, in order, one task looks digests up: so the result depends neither on thread count
-nor on timing, and a chunk is encoded only if it is new.
+Decided here: batches, bounds, and that the commit order is the planned order. A batch goes to a thread that takes one chunk after the
+other: read, hash, and encode it at once, while it is in the processor's cache, if nothing that this build or an earlier one has can be the
+same. Then, in order, one task looks digests up, which alone decides what is new; what it finds new and not encoded yet goes to a thread
+again. So the result depends neither on thread count nor on timing; two equal chunks on their way at once cost one encoding in vain.
 
 Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each twice: as
 read, as encoded; with a base image as much again for its chunks; plus 60 bytes per distinct chunk in the table of known
 ones. Nothing grows with the size of a file.
 
-Concurrency: three tasks in one nursery, joined by channels in order: `_read` takes a slab and starts hashing, `_look_up` decides and
-starts encoding, `_append` hands over to the blob writers. A slab is free again when every writer has copied what it was given; batches
-are handed over in the order in which they took their slabs, so taking one cannot wait for ever. A failure cancels the others; nothing has
-been named in the store by then.
+Concurrency: three tasks in one nursery, joined by channels in order: `_read` takes a slab and starts a batch, `_look_up` decides and
+starts encoding what is left, `_append` hands over to the blob writers. The threads that read and encode ask `KnownChunks` (which has
+a lock) and `Reuse.may_have`, and change nothing but their batch. All that computes, the SHA-256 of blobs too, shares one limiter: more
+threads than cores at work wait for the interpreter's lock more often than they gain. At most one batch more than there are threads
+waits to be read, so that what is further on its way is not kept waiting behind it. A slab is free again when every writer has copied
+what it was given; batches are handed over in the order in which they took their slabs, so taking one cannot wait for ever. A failure
+cancels the others; nothing has been named in the store by then.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ class _Batch:
     known: list[int] = field(default_factory=list)
     """Of each chunk, its number among the known ones."""
     new: list[int] = field(default_factory=list)
+    """Chunks to be stored that are not encoded yet."""
     encoded: dict[int, Encoded] = field(default_factory=dict)
     alone: dict[int, int] = field(default_factory=dict)
     """Of each chunk that has a base, what it takes alone."""
@@ -63,6 +68,12 @@ class _Batch:
     """Blob writers that have not copied their parts yet."""
     hashed: trio.Event = field(default_factory=trio.Event)
     ready: trio.Event = field(default_factory=trio.Event)
+
+    def room(self, position: int) -> memoryview:
+        """Return the room for what chunk `position` becomes; only once it has been read."""
+        assert self.slab is not None
+        start = sum(map(len, self.data[:position])) + position * EXTRA_ROOM
+        return self.slab.encoded[start : start + len(self.data[position]) + EXTRA_ROOM]
 
 
 @dataclass(slots=True)
@@ -132,7 +143,7 @@ class ChunkPipeline:
         paths: Callable[[int], str],
         chunk_size: int,
         codec: str,
-        threads: int,
+        limiter: trio.CapacityLimiter,
         progress: Callable[[int], None],
     ) -> None:
         self._files = files
@@ -142,10 +153,12 @@ class ChunkPipeline:
         self._base = base
         self._paths = paths
         self._codec = codec
-        self._limiter = trio.CapacityLimiter(threads)
+        self._limiter = limiter
+        threads = int(limiter.total_tokens)
         self._depth = 2 * threads + 2
         self._slabs = _Slabs(self._depth, BATCH_BYTES + chunk_size)
         self._progress = progress
+        self._to_read = trio.Semaphore(threads + 1)
         self._base_reads = trio.Semaphore(_BASE_READS)
         self._blobs: dict[int, tuple[int, BlobWriter]] = {}
         self._known = KnownChunks()
@@ -169,11 +182,15 @@ class ChunkPipeline:
             # Planning reads what is cut by content, and headers.
             while (batch := await trio.to_thread.run_sync(next, batches, None)) is not None:
                 batch.slab = await self._slabs.take()
+                await self._to_read.acquire()
                 await onward.send(batch)
-                nursery.start_soon(self._hash, batch)
+                nursery.start_soon(self._take_in, batch)
 
-    async def _hash(self, batch: _Batch) -> None:
-        await trio.to_thread.run_sync(self._read_and_hash, batch, limiter=self._limiter)
+    async def _take_in(self, batch: _Batch) -> None:
+        try:
+            await trio.to_thread.run_sync(self._read_chunks, batch, limiter=self._limiter)
+        finally:
+            self._to_read.release()
         batch.hashed.set()
 
     async def _look_up(
@@ -186,8 +203,10 @@ class ChunkPipeline:
                 for position, digest in enumerate(batch.digests):
                     number, is_new = self._known.add(digest)
                     batch.known.append(number)
-                    if is_new:
+                    if is_new and position not in batch.encoded:
                         unseen.append(position)
+                    elif not is_new:
+                        batch.encoded.pop(position, None)
                 await self._take_over(batch, unseen)
                 await onward.send(batch)
                 nursery.start_soon(self._encode, batch)
@@ -291,25 +310,33 @@ class ChunkPipeline:
         for space, data in parts.items():
             await self._blobs[space][1].put(data, taken)
 
-    def _read_and_hash(self, batch: _Batch) -> None:
-        """Read the chunks of a batch and hash them. In a thread."""
+    def _read_chunks(self, batch: _Batch) -> None:
+        """Read the chunks of a batch, hash them, and encode those that are certainly not stored anywhere. In a thread."""
         assert batch.slab is not None
         view = batch.slab.read
+        mine: set[bytes] = set()
         with OpenFiles(self._files) as opened:
-            for chunk, _ in batch.chunks:
+            for position, (chunk, _) in enumerate(batch.chunks):
                 data, view = view[: chunk.length], view[chunk.length :]
                 opened.read_into(chunk.file, data, chunk.file_offset)
+                digest = chunk_digest(data)
                 batch.data.append(data)
-                batch.digests.append(chunk_digest(data))
+                batch.digests.append(digest)
+                is_left = (
+                    (self._base is not None and chunk.tensor is not None)
+                    or digest in mine
+                    or digest in self._known
+                    or self._reuse.may_have(digest)
+                )
+                if not is_left:
+                    mine.add(digest)
+                    batch.encoded[position] = encode(data, self._codec, chunk.width, batch.room(position))
 
     def _encode_new(self, batch: _Batch) -> None:
-        """Encode the chunks that nobody has seen before. In a thread."""
-        assert batch.slab is not None
-        room = batch.slab.encoded
+        """Encode the chunks that turned out to be new. In a thread."""
         for position in batch.new:
             data, width = batch.data[position], batch.chunks[position][0].width
-            mine, room = room[: len(data) + EXTRA_ROOM], room[len(data) + EXTRA_ROOM :]
-            encoded = encode(data, self._codec, width, mine)
+            encoded = encode(data, self._codec, width, batch.room(position))
             base = batch.base_data.pop(position, None)
             if base is not None:
                 batch.alone[position] = len(encoded.data)

@@ -54,12 +54,19 @@ class Reuse:
         self._numbers: dict[Digest, int | None] = {}
         self._spaces: dict[bytes, int] = {}
         self._bases: dict[tuple[bytes, int], tuple[int, int]] = {}
+        self._warned: set[str] = set()
         self.sources: dict[Digest, str] = {}
         """Where each blob taken over was found."""
         self.bytes_by_source: Counter[str] = Counter()
         """Bytes of content found, by the name of the earlier image."""
         self.base_bytes = 0
         """Stored bytes of the bases that the image needs besides its own chunks."""
+
+    def may_have(self, digest: bytes) -> bool:
+        """Tell whether `find` may find a chunk. In any thread."""
+        if any(image.find([digest])[0] is not None for image in self._earlier.images):
+            return True
+        return self._earlier.dictionary is not None and self._earlier.dictionary.find([digest])[0] is not None
 
     async def find(self, digests: Sequence[bytes], lengths: Sequence[int]) -> list[Place | None]:
         """Return for each digest where an earlier blob has the chunk, or None."""
@@ -141,6 +148,15 @@ class Reuse:
                 return self._numbers[blob.digest]
             number = self._map.add_blob(blob.digest, blob.size)
             self.sources[blob.digest] = image.origin(blob.digest) if image else DICTIONARY
+        elif image is not None and image.name not in self._warned and len(self.sources) < MOST_BLOBS:
+            self._warned.add(image.name)
+            _log.warning(
+                "%s has chunks that cannot be used for an image in %s: blob %s is not there and cannot be mounted from where it is; "
+                "they are stored again",
+                image.name,
+                self._store.name,
+                blob.digest,
+            )
         self._numbers[blob.digest] = number
         return number
 

@@ -18,7 +18,7 @@ from builder.earlier_image import EarlierImage
 from builder.journal import Journal
 from builder.reuse import Earlier
 from rafsfs.config import state_dir
-from rafsfs.errors import FormatError, NotFoundError, UnsupportedError
+from rafsfs.errors import FormatError, NotFoundError, UnsupportedError, UsageError
 from rafsfs.image import load_image
 from rafsfs.interfaces import ImageStore
 from rafsfs.registry.reference import Reference
@@ -128,22 +128,23 @@ def _print(result: BuildResult, base: str | None) -> None:
         f"({ratio(result.stored_bytes, result.input_bytes)}), {size(result.sent_bytes)} sent, {result.seconds:.1f} s"
     )
     for name, taken in sorted(result.reused_from.items()):
-        print(f"{size(taken)} taken over from {name}")
-    if base is None:
-        return
-    if not result.delta_chunks:
+        if taken:
+            print(f"{size(taken)} taken over from {name}")
+    if result.delta_chunks:
         print(
-            f"nothing is stored as a difference to {base}: no tensor of its own changed, or none so little that it pays"
+            f"{size(result.delta_bytes)} stored as differences to {base}: {size(result.delta_stored_bytes)} "
+            f"instead of {size(result.alone_bytes)}"
         )
-        return
-    print(
-        f"{size(result.delta_bytes)} stored as differences to {base}: {size(result.delta_stored_bytes)} "
-        f"instead of {size(result.alone_bytes)}"
-    )
-    extra = result.base_bytes + result.delta_stored_bytes - result.alone_bytes
-    if extra > 0:
+    elif base is not None:
         print(
-            f"a node that lacks {base} fetches {size(result.base_bytes)} of it besides: {size(extra)} more than without --base"
+            f"nothing is stored as a difference to {base}: no tensor of it changed, none so little that it pays, "
+            "or its blobs cannot be had here"
+        )
+    if result.base_bytes:  # without --base, too: what is taken over may be differences
+        extra = result.base_bytes + result.delta_stored_bytes - result.alone_bytes
+        more = f": {size(extra)} more than without --base" if result.delta_chunks and extra > 0 else ""
+        print(
+            f"a node that has none of the earlier images fetches {size(result.base_bytes)} of their chunks besides{more}"
         )
 
 
@@ -156,6 +157,8 @@ async def _build(
     base_ref: str | None,
     bar: bool,
 ) -> BuildResult:
+    if {"auto", "none"} <= set(dictionaries):
+        raise UsageError("--dict auto and --dict none contradict each other; give one of them")
     named = [name for name in dictionaries if name not in {"auto", "none"}]
     auto = "none" not in dictionaries
     async with opened(ref, registry) as (reference, store), AsyncExitStack() as stack:

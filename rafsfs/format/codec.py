@@ -155,7 +155,7 @@ def _probe(data: memoryview) -> int:
     if general <= best_size:
         best, best_size = 0, general * SAVING  # planes must beat plain zstd by 3 %: they forgo matches
     if len(sample) >= 512:
-        for width in (2, 4):
+        for width in (2, 4, 8):
             planes = encode_planes(sample, width, compress_literals)
             if planes is not None and len(planes) < best_size:
                 best, best_size = width, len(planes)

@@ -25,6 +25,13 @@ class Window:
         self._step = step
         self._start = 0
         self.position = 0
+        self._counted = 0
+
+    def count_one(self, most: int) -> None:
+        """Count something that the caller meets. Raises FormatError when there have been more than `most`."""
+        self._counted += 1
+        if self._counted > most:
+            raise FormatError(f"more than {most} parts, which this program does not look through")
 
     def take(self, length: int) -> bytes:
         """Return the next bytes. Raises FormatError at the end of the file and beyond the limit."""

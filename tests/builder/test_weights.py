@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from builder.weights import onnx
 from builder.weights.detect import WeightFinder, missing_shards
 from builder.weights.onnx import OnnxWeights, external_file, parse_onnx
 from rafsfs.errors import FormatError
@@ -194,6 +195,16 @@ def test_onnx_says_which_weights_are_inside_and_which_outside() -> None:
 def test_onnx_that_lies_is_refused(data: bytes) -> None:
     with pytest.raises(FormatError):
         parse_onnx(reading(data), len(data))
+
+
+def test_an_onnx_file_of_countless_fields_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs a microsecond or two, and 256 MiB of them are looked at otherwise: minutes."""
+    monkeypatch.setattr(onnx, "_MOST_FIELDS", 1000)
+    inside = message((7, b"\x08\x00" * 1001))
+    for data in (b"\x08\x00" * 1001, inside):
+        with pytest.raises(FormatError, match="more than 1000 parts"):
+            parse_onnx(reading(data), len(data))
+    parse_onnx(reading(b"\x08\x00" * 1000), 2000)
 
 
 def sample(kind: str, tmp_path: Path) -> bytes:

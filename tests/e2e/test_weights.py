@@ -25,9 +25,11 @@ from tests.support.weights import (
     Array,
     block_quantised,
     cast,
+    fp8_rows,
     load_arrays,
     quantised_rows,
     save_gguf,
+    save_onnx,
     save_safetensors,
     trained,
 )
@@ -96,6 +98,7 @@ SAFETENSORS = {
     "fp16": (lambda array: cast(array, "F16"), 0.86),
     "bf16 values in fp32": (widened, 0.36),
     "int8": (quantised_rows, 1.0),
+    "fp8": (fp8_rows, 0.86),
 }
 GGUF = {
     "F32": (lambda array: array, 0.83),
@@ -240,6 +243,45 @@ def test_differences_to_differences_end_at_a_stated_depth(
     assert deltas[0] == 0
     assert all(deltas[1:4]), deltas
     assert deltas[4] == 0, "the fifth checkpoint begins a new chain"
+
+
+def test_weights_beside_an_onnx_model_are_cut_along_its_tensors(
+    node: Node, registry: Registry, base: str, published: Weights, tmp_path: Path
+) -> None:
+    source = directory(tmp_path)
+    save_onnx(source / "model.onnx", source / "model.onnx_data", published)
+    ref = f"localhost:{registry.port}/models/onnx:v1"
+    built = node.build(source, ref, "--dict", base, "--dict", "none")
+    assert built["cut_bytes"]["tensor"] == built["data_bytes"]
+    assert sum(built["reused_from"].values()) >= 0.99 * built["data_bytes"]
+    assert_reads_back(node, ref, source)
+
+
+def test_what_a_reader_without_the_base_pays_is_said_and_an_unusable_base_too(
+    node: Node, registry: Registry, published: Weights, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(7)
+    arrays = {name: array for name, array in published.items() if "layer.0." in name}
+    before, after = directory(tmp_path), tmp_path / "after"
+    after.mkdir()
+    save_safetensors(before / "model.safetensors", arrays)
+    save_safetensors(after / "model.safetensors", {name: trained(a, ONE_STEP, rng) for name, a in arrays.items()})
+    first, second, third = (f"localhost:{registry.port}/models/paid:{tag}" for tag in ("v1", "v2", "v3"))
+    node.build(before, first, "--dict", "none")
+    on_base = node.run("build", after, "-t", second, "--dict", "none", "--base", first)
+    assert "more than without --base" in on_base.stdout
+    taken_over = node.run("build", after, "-t", third, "--dict", second, "--dict", "none")
+    assert "a node that has none of the earlier images fetches" in taken_over.stdout
+    assert "more than" not in taken_over.stdout
+
+    elsewhere = f"oci:{tmp_path / 'layout'}:v1"
+    alone = node.run("build", after, "-t", elsewhere, "--dict", "none", "--base", first, "--json")
+    assert json.loads(alone.stdout)["delta_chunks"] == 0
+    assert "cannot be used for an image in" in alone.stderr
+
+    for options, code in ((("--base", f"{first}-nowhere"), 21), (("--dict", "auto", "--dict", "none"), 2)):
+        refused = node.run("build", after, "-t", third, *options)
+        assert (refused.returncode, refused.stderr.count("\n")) == (code, 1), refused.stderr
 
 
 def test_a_rebuild_pushes_nothing_but_a_manifest(

@@ -30,6 +30,7 @@ from rafsfs.format.codec import (
     encode,
     encode_delta,
 )
+from rafsfs.format.planes import SAVING
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "chunks"
 GUARD = b"\xa5" * 64
@@ -150,6 +151,18 @@ def test_opaque_content_is_stored_raw_and_bytes_by_their_frequency() -> None:
     encoded = round_trip(data, "auto", 1)
     assert encoded.codec == CODEC_ZSTD
     assert len(encoded.data) < 0.86 * len(data)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("<f8", 8), ("<f4", 4), ("<f2", 2)])
+def test_the_width_of_floats_of_no_known_dtype_is_found(kind: str, width: int) -> None:
+    floats = np.random.default_rng(1).normal(0, 0.05, 1 << 17).astype(kind)
+    found = encode(memoryview(floats.tobytes()), "auto")
+    assert (found.codec, found.param) == (CODEC_SPLIT_ZSTD, width)
+
+
+def test_single_bytes_of_no_known_dtype_lose_less_than_the_probe_may() -> None:
+    codes = memoryview(np.random.default_rng(1).normal(128, 12, 1 << 20).astype(np.uint8).tobytes())
+    assert len(encode(codes, "auto").data) * SAVING <= len(encode(codes, "auto", 1).data)
 
 
 def test_a_small_saving_is_not_taken() -> None:

@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 from .models import CASTS, read_header
 
 _ALIGNMENT: Final = 32
+_E4M3: Final = np.array(
+    [(code & 7) / 512 if code < 8 else (1 + (code & 7) / 8) * 2.0 ** ((code >> 3) - 7) for code in range(127)],
+    dtype=np.float32,
+)
+"""Values of the positive fp8 e4m3 numbers by code, 127 being no number."""
 GGUF_TYPES: Final = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "I8": 24, "I64": 27, "BF16": 30}
 
 
@@ -96,6 +101,34 @@ def save_gguf(
             file.write(array.data)
 
 
+def save_onnx(model: Path, data: Path, arrays: Mapping[str, Array]) -> None:
+    """Write an ONNX model of nothing but initializers, whose data lies in another file, each at a multiple of 4096."""
+    initializers, offset = b"", 0
+    with data.open("wb") as file:
+        for name, array in arrays.items():
+            place = {"location": data.name, "offset": str(offset), "length": str(len(array.data))}
+            entries = [_field(13, _field(1, key.encode()) + _field(2, text.encode())) for key, text in place.items()]
+            dims = b"".join(_varint(1 << 3) + _varint(extent) for extent in array.shape)
+            kind = _varint(2 << 3) + _varint({"F32": 1, "I64": 7}[array.dtype])
+            initializers += _field(5, dims + kind + _field(8, name.encode()) + b"".join(entries))
+            file.seek(offset)
+            file.write(array.data)
+            offset += (len(array.data) + 4095) & -4096
+    model.write_bytes(_varint(1 << 3) + _varint(10) + _field(7, initializers))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    out = b""
+    while value >= 0x80:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
 def cast(array: Array, dtype: str) -> Array:
     """Return a float32 tensor in another dtype; others as they are."""
     if array.dtype != "F32" or dtype == "F32":
@@ -110,6 +143,16 @@ def quantised_rows(array: Array) -> Array:
     rows = np.frombuffer(array.data, dtype="<f4").reshape(array.shape[0], -1)
     scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12) / 127
     return Array("I8", array.shape, np.rint(rows / scale).astype(np.int8).tobytes())
+
+
+def fp8_rows(array: Array) -> Array:
+    """Return a float32 matrix as fp8 (e4m3) with a scale per row (the scales left out); others as they are."""
+    if array.dtype != "F32" or len(array.shape) < 2:
+        return array
+    rows = np.frombuffer(array.data, dtype="<f4").reshape(array.shape[0], -1)
+    scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-12) / _E4M3[-1]
+    codes = np.searchsorted((_E4M3[1:] + _E4M3[:-1]) / 2, np.abs(rows / scale).ravel()).astype(np.uint8)
+    return Array("F8_E4M3", array.shape, (codes | (np.signbit(rows).ravel() << 7).astype(np.uint8)).tobytes())
 
 
 def block_quantised(array: Array, kind: str) -> Array:
