@@ -122,6 +122,7 @@ async def test_the_same_again_is_the_same_manifest(shop: Shop, tmp_path: Path) -
     assert (again.digest, again.sent_bytes, again.new_chunks) == (first.digest, 0, 0)
 
 
+@pytest.mark.logs_warnings
 async def test_a_blob_that_is_gone_is_stored_again(shop: Shop, tmp_path: Path) -> None:
     source = save(tmp_path / "one", small_model(1))
     await shop.build(source, "v1")
@@ -134,6 +135,7 @@ async def test_a_blob_that_is_gone_is_stored_again(shop: Shop, tmp_path: Path) -
     assert await shop.read("v2") == files_of(source)
 
 
+@pytest.mark.logs_warnings
 async def test_another_registry_gives_nothing(shop: Shop, tmp_path: Path) -> None:
     source = save(tmp_path / "one", small_model(1))
     await shop.build(source, "v1")
@@ -247,6 +249,7 @@ async def test_a_difference_is_taken_over_with_its_base(shop: Shop, tmp_path: Pa
     assert await shop.read("v3") == files_of(source)
 
 
+@pytest.mark.logs_warnings
 async def test_a_base_whose_blob_is_gone_is_not_used(shop: Shop, tmp_path: Path) -> None:
     arrays = small_model(1)
     await shop.build(save(tmp_path / "one", arrays), "v1")
