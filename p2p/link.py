@@ -2,20 +2,25 @@
 
 Decided here: backoff, silence that counts as death, and rendezvous hashing: each task belongs to the scheduler whose hash with it is
 highest among those connected, so all peers that see the same schedulers agree, and a task falls through to the next when its own is gone.
+A name that lists several addresses is several schedulers (docs/protocol/swarm.md); it is asked again from time to time. The hash is of
+the address, not of the name, so peers agree whatever they call it.
 
-Concurrency: one task per scheduler runs `_keep`; in it a reader, a writer and a heartbeat. `send` has no checkpoint: it puts a message in a
-queue of bounded length, and a scheduler that does not take them is dropped. `ask` waits for an answer, at most ASK_S.
+Concurrency: one task per name follows it and owns one per scheduler, which runs `_keep`; in it a reader, a writer and a heartbeat. `send`
+has no checkpoint: it puts a message in a queue of bounded length, and a scheduler that does not take them is dropped. `ask` waits for an
+answer, at most ASK_S.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import logging
 import random
+import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import trio
 from blake3 import blake3
@@ -45,6 +50,11 @@ _CONNECT_S: Final = 5.0
 _SILENT_S: Final = 15.0
 """A scheduler pings every second; one that says nothing for this long is gone."""
 _QUEUE: Final = 4096
+_RESOLVE_S: Final = 20.0
+_MISSED: Final = 3
+"""A scheduler is given up when its name has not listed it so many times in a row: some name servers answer with a part each time."""
+MOST_SCHEDULERS: Final = 16
+"""Of one name."""
 _BACKOFF_S: Final = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
@@ -54,6 +64,10 @@ class Link:
 
     host: str
     port: int
+    name: str = ""
+    """What its certificate must be for; also what is dialled if `is_sole`."""
+    is_sole: bool = True
+    """Whether the name has no other address of the same family: then the name is dialled, by whichever family works."""
     outbox: trio.MemorySendChannel[FromPeer] | None = None
     asked: dict[int, trio.Event] = field(default_factory=dict)
     answers: dict[int, list[Ruling]] = field(default_factory=dict)
@@ -82,6 +96,26 @@ def parse_addresses(text: str) -> list[tuple[str, int]]:
     if not found:
         raise UsageError("no scheduler is named, expected HOST:PORT[,HOST:PORT...]")
     return found
+
+
+def pick_family(found: list[tuple[int, str]]) -> list[str]:
+    """Return the addresses of one family, sorted: a machine with addresses of both is one scheduler, not two.
+
+    Pure. IPv4 if there is any: peers must choose alike, whatever their own addresses are.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        addresses = sorted({address for its, address in found if its == family})
+        if addresses:
+            return addresses[:MOST_SCHEDULERS]
+    return []
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def dial(host: str, port: int, tls: ssl.SSLContext | None, *, name: str = "") -> trio.abc.Stream:
@@ -127,12 +161,57 @@ class Links:
         self._connected = connected
         self._lost = lost
         self._tls = tls
+        self._unresolved: set[str] = set()
         self.links: list[Link] = []
         self._numbers = itertools.count(1)
 
-    async def keep(self, host: str, port: int) -> None:
-        """Stay connected to one scheduler for ever."""
-        link = Link(host, port)
+    async def follow(self, name: str, port: int) -> None:
+        """Stay connected for ever to all schedulers that a name lists, or to the one at an address."""
+        scopes: dict[str, trio.CancelScope] = {}
+        links: dict[str, Link] = {}
+        missed: dict[str, int] = {}
+        async with trio.open_nursery() as nursery:
+            while True:
+                found = await self._resolve(name, port)
+                for address in found:
+                    if address not in links:
+                        links[address] = Link(address, port, name)
+                        scopes[address] = trio.CancelScope()
+                        nursery.start_soon(self._keep, links[address], scopes[address])
+                missed = {address: missed.get(address, 0) + 1 for address in links if address not in found}
+                gone = [address for address, times in missed.items() if found and times >= _MISSED]
+                for address in gone:
+                    _log.info("scheduler %s is not listed by %s any more", links.pop(address).address, name)
+                    scopes.pop(address).cancel()
+                    del missed[address]
+                for link in links.values():
+                    link.is_sole = len(links) == 1
+                if _is_address(name):
+                    await trio.sleep_forever()
+                await trio.sleep((_RESOLVE_S if found else _BACKOFF_S[-1]) * random.uniform(0.75, 1.25))
+
+    async def _resolve(self, name: str, port: int) -> list[str]:
+        """Return the addresses of a name, none if it cannot be told."""
+        if _is_address(name):
+            return [name]
+        found: list[Any] = []
+        try:
+            with trio.move_on_after(_CONNECT_S):
+                found = await trio.socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            level = logging.DEBUG if name in self._unresolved else logging.WARNING
+            _log.log(level, "scheduler %s:%d: the name cannot be resolved: %s", name, port, error)
+            self._unresolved.add(name)
+        if found:
+            self._unresolved.discard(name)
+        return pick_family([(family, str(address[0])) for family, _, _, _, address in found])
+
+    async def _keep(self, link: Link, scope: trio.CancelScope) -> None:
+        """Stay connected to one scheduler until the scope is cancelled."""
+        with scope:
+            await self._stay(link)
+
+    async def _stay(self, link: Link) -> None:
         self.links.append(link)
         attempt = 0
         try:
@@ -185,7 +264,7 @@ class Links:
 
     async def _run(self, link: Link) -> None:
         with trio.move_on_after(_CONNECT_S) as scope:
-            stream = await dial(link.host, link.port, self._tls)
+            stream = await dial(link.name if link.is_sole else link.host, link.port, self._tls, name=link.name)
         if scope.cancelled_caught:
             raise UnavailableError(f"no connection within {_CONNECT_S:g} s")
         frames = FrameStream(stream)

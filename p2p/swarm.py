@@ -169,7 +169,7 @@ class SwarmPeer:
         for address in addresses:
             if address not in self._named:
                 self._named.add(address)
-                self._nursery.start_soon(self._links.keep, *address)
+                self._nursery.start_soon(self._links.follow, *address)
 
     def close(self) -> None:
         """Let go of idle connections."""
