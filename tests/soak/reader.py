@@ -54,15 +54,15 @@ def main() -> None:
             if mapped is not None:
                 mapped.close()
             if other >= 0:
-                drop(other)
-                os.close(other)
+                drop_and_close(other)
 
 
-def drop(fd: int) -> None:
+def drop_and_close(fd: int) -> None:
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
     except OSError:
-        return  # a dead FUSE mount
+        return  # a dead FUSE mount: `close` says so, too
 
 
 def read(fd: int, length: int, at: int) -> bytes:
