@@ -91,6 +91,7 @@ def command(endpoint: str, cache_dir: str, log_level: str, http: str, **options:
 
 async def _run(endpoint: str, cache_dir: str, registry: RegistryOptions, http: str, options: dict[str, Any]) -> None:
     from rafsfs.csi.controller import Controller  # noqa: PLC0415 - grpcio is an extra
+    from rafsfs.csi.events import Events, find_access  # noqa: PLC0415
     from rafsfs.csi.mounts import SharedMounts  # noqa: PLC0415
     from rafsfs.csi.node import Node  # noqa: PLC0415
     from rafsfs.csi.progress import ProgressPages  # noqa: PLC0415
@@ -99,6 +100,7 @@ async def _run(endpoint: str, cache_dir: str, registry: RegistryOptions, http: s
 
     directory = os.path.join(cache_dir, "csi")
     role = options["role"]
+    node_id = options["node_id"] or os.uname().nodename
     controller = Controller(os.path.join(directory, "controller"), registry) if role != "node" else None
     node = None
     async with trio.open_nursery() as nursery:
@@ -106,7 +108,8 @@ async def _run(endpoint: str, cache_dir: str, registry: RegistryOptions, http: s
             mounts = SharedMounts(
                 directory, cache_dir, registry, scheduler=options["scheduler"], may_start=options["start_daemon"]
             )
-            node = Node(directory, mounts, loopback=options["allow_loopback"])
+            events = Events(find_access(os.environ), options["driver_name"], node_id)
+            node = Node(directory, mounts, loopback=options["allow_loopback"], events=events)
             await nursery.start(node.run)
             if http:
                 host, port = split_address(http, "--http")
@@ -120,7 +123,7 @@ async def _run(endpoint: str, cache_dir: str, registry: RegistryOptions, http: s
             await serve(
                 endpoint,
                 name=options["driver_name"],
-                node_id=options["node_id"] or os.uname().nodename,
+                node_id=node_id,
                 node=node,
                 controller=controller,
                 loopback=options["allow_loopback"],

@@ -24,8 +24,9 @@ import trio
 from ..errors import MountError, RafsError, UnavailableError
 from ..registry.store import open_store
 from . import binds, secrets
-from .codes import Code, CsiError
+from .codes import Code, CsiError, code_of
 from .dynamic import DynamicVolumes
+from .events import UNREADABLE, Events
 from .mounts import SharedMounts
 from .records import Records, VolumeRecord
 from .resolve import pin
@@ -64,10 +65,13 @@ class VolumeState:
 class Node:
     """Volumes of this node. `directory`: the driver's own part of the cache directory."""
 
-    def __init__(self, directory: str, mounts: SharedMounts, *, loopback: bool = False) -> None:
+    def __init__(
+        self, directory: str, mounts: SharedMounts, *, loopback: bool = False, events: Events | None = None
+    ) -> None:
         os.makedirs(directory, mode=0o700, exist_ok=True)
         self.records = Records(os.path.join(directory, "volumes"))
         self.mounts = mounts
+        self.events = events or Events(None, "", "")
         self._grants = Grants(os.path.join(directory, "grants.json"))
         self._directory = directory
         self._dynamic = DynamicVolumes(directory, self.records, mounts, self.resolve, loopback=loopback)
@@ -266,6 +270,7 @@ class Node:
         """Look after mounts for ever: unused ones go, dead ones are bound anew, hung ones are aborted."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            nursery.start_soon(self.events.run)
             await self._dynamic.restore(nursery)
             task_status.started()
             while True:
@@ -308,6 +313,8 @@ class Node:
                     _log.info("volume bound anew: id=%s target=%s", record.volume_id, record.target)
             except RafsError as error:
                 _log.warning("volume is not readable: id=%s target=%s cause=%s", record.volume_id, record.target, error)
+                if code_of(error) is not Code.ABORTED:
+                    self.events.post(record.pod, UNREADABLE, f"{record.spec.ref} cannot be read: {error}")
 
 
 def is_inline(attributes: Mapping[str, str]) -> bool:

@@ -181,13 +181,12 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             check(len(request.volume_id) <= _MOST_ID, f"volume_id is longer than {_MOST_ID} bytes")
             target = _path(request.target_path, "target_path")
             check(request.HasField("volume_capability"), "volume_capability is missing")
-            flags = check_capability(request.volume_capability)
             attributes = dict(request.volume_context)
-            spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
-            if spec.dynamic:
-                await self._node.publish_dynamic(request.volume_id, target, spec, dict(request.secrets), attributes)
-            else:
-                await self._node.publish(request.volume_id, target, spec, dict(request.secrets), attributes)
+            with self._node.events.reporting(attributes):
+                flags = check_capability(request.volume_capability)
+                spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
+                publish = self._node.publish_dynamic if spec.dynamic else self._node.publish
+                await publish(request.volume_id, target, spec, dict(request.secrets), attributes)
 
         self._bridge.run(context, work)
         return pb.NodePublishVolumeResponse()
