@@ -18,6 +18,7 @@ from rafsfs.errors import FormatError
 from .protocol.groups import unpack_bits
 
 MAX_FRAME: Final = 4 << 20
+_LEAST_FRAME: Final = 64 << 10
 PROMPT_S: Final = 0.01
 LAZY_S: Final = 0.2
 """Longest delay of news that matter less: a chunk that came from a peer, which others can have there, too."""
@@ -54,6 +55,12 @@ class HaveReader:
     def __init__(self, have: bytearray) -> None:
         self._have = have
         self._buffer = bytearray()
+        # A map, all chunks by number, or a list of groups: a msgpack integer takes up to 5 bytes.
+        self._most = min(MAX_FRAME, max(_LEAST_FRAME, 5 * len(have) + 64))
+        self._names_left = 2 * len(have) + 64
+        self._has_all = False
+        self.frames = 0
+        """How many have been whole."""
         self.pending: set[int] = set()
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[int]:
@@ -62,12 +69,13 @@ class HaveReader:
         fresh: list[int] = []
         while len(self._buffer) >= 4:
             length = int.from_bytes(self._buffer[:4], "big")
-            if length > MAX_FRAME:
-                raise FormatError(f"have-map frame of {length} bytes, expected at most {MAX_FRAME}")
+            if length > self._most:
+                raise FormatError(f"have-map frame of {length} bytes, expected at most {self._most}")
             if len(self._buffer) < 4 + length:
                 break
             fresh += self._take(bytes(self._buffer[4 : 4 + length]))
             del self._buffer[: 4 + length]
+            self.frames += 1
         return fresh
 
     def _take(self, body: bytes) -> list[int]:
@@ -79,6 +87,9 @@ class HaveReader:
             self.pending = set(value[: 1 << 16])
             return []
         if kind == _ALL and isinstance(value, bytes):
+            if self._has_all:
+                raise FormatError("have-map told as a whole twice")
+            self._has_all = True
             chunks = unpack_bits(value, len(self._have))
             self._have[:] = bytes(len(self._have))  # what was evicted since the last connection is not there
             for chunk in chunks:
@@ -88,6 +99,10 @@ class HaveReader:
             chunks = value
         else:
             return []  # of a later version
+        # Each chunk comes once; who names them again and again wants us to be busy.
+        self._names_left -= len(chunks)
+        if self._names_left < 0:
+            raise FormatError(f"have-map of {len(self._have)} chunks names more than twice as many")
         fresh = []
         for chunk in chunks:
             if not 0 <= chunk < len(self._have):

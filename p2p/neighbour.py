@@ -33,6 +33,13 @@ _SILENT_S: Final = 6.0
 STALL_S: Final = 3.0
 """A chunk that takes this long, and more than FACTOR times what the rate of the neighbour lets expect, is taken from somebody else."""
 _FACTOR: Final = 4.0
+MOST_STALL_S: Final = 20.0
+"""No chunk of up to a MiB is waited for longer, however slow the neighbour is known to be: one that drips bytes would make itself ever more
+patient hearers. A third of a reader's usual deadline."""
+_FRAME_S: Final = 20.0
+"""A frame of a have-map is whole within this time: single bytes are no sign of life."""
+_HAVE_BYTES_PER_S: Final = 256 << 10
+"""More of a have-map is not read; what is, is bounded by `HaveReader`."""
 
 
 class BusyError(UnavailableError):
@@ -69,7 +76,11 @@ class Neighbour:
         RemoteError, FormatError.
         """
         target = Target(self.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
-        async with pool.get(target, headers) as response:
+        with trio.move_on_after(_SILENT_S) as scope:
+            response = await pool.open(target, headers)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"{self.origin} did not answer within {_SILENT_S:g} s when asked for its have-map")
+        try:
             if response.status == 404:
                 raise AbsentError(f"{self.origin} does not take part")
             if response.status != 200:
@@ -79,21 +90,28 @@ class Neighbour:
             self.view.listening = True
             when_up()
             try:
+                whole_at = due = trio.current_time()
                 while True:
-                    with trio.move_on_after(_SILENT_S) as scope:
+                    with trio.move_on_at(min(trio.current_time() + _SILENT_S, whole_at + _FRAME_S)) as scope:
                         got = await response.read_some(buffer)
                     if scope.cancelled_caught:
-                        raise UnavailableError(f"{self.origin} has been silent for {_SILENT_S:g} s")
+                        raise UnavailableError(f"{self.origin} has told nothing whole for {_SILENT_S:g} s or more")
                     if not got:
                         raise UnavailableError(f"{self.origin} ended its have-map")
+                    frames = reader.frames
                     fresh = reader.feed(buffer[:got])
+                    whole_at = trio.current_time() if reader.frames > frames else whole_at
                     self.view.pending = reader.pending
                     came(self, fresh)
                     if self.space.complete:
                         return
+                    due = max(due, trio.current_time() - 4.0) + got / _HAVE_BYTES_PER_S
+                    await trio.sleep_until(due)
             finally:
                 self.view.listening = False
                 self.view.pending = set()
+        finally:
+            response.close()
 
     async def fetch(
         self,
@@ -117,11 +135,9 @@ class Neighbour:
                 async with trio.open_nursery() as nursery:
                     for chunk in range(run.first, run.first + count):
                         offset, length = table.extent(chunk)
-                        if offset > position:
-                            await response.readinto(memoryview(bytearray(offset - position)))
                         held, view = buffers.take(length)
                         started = trio.current_time()
-                        await self._within(response, view, length)
+                        await self._within(response, offset - position, view)
                         self.view.standing.note(length, trio.current_time() - started)
                         position = offset + length
                         self.view.standing.under_way -= length
@@ -153,9 +169,16 @@ class Neighbour:
         finally:
             response.close()
 
-    async def _within(self, response: Response, view: memoryview, length: int) -> None:
-        limit = max(STALL_S, _FACTOR * (self.view.standing.under_way + length) / max(self.view.standing.rate, 1.0))
+    async def _within(self, response: Response, gap: int, view: memoryview) -> None:
+        """Read over the zeros before a chunk, and the chunk, in bounded time."""
+        standing, length = self.view.standing, gap + len(view)
+        patience = _FACTOR * (standing.under_way + length) / max(standing.rate, 1.0)
+        limit = max(STALL_S, min(patience, MOST_STALL_S * max(1.0, length / (1 << 20))))
         with trio.move_on_after(limit) as scope:
+            while gap > 0:
+                step = min(gap, 64 << 10)
+                await response.readinto(memoryview(bytearray(step)))
+                gap -= step
             await response.readinto(view)
         if scope.cancelled_caught:
             raise UnavailableError(f"{self.origin} sent no whole chunk within {limit:.1f} s")

@@ -50,6 +50,8 @@ BUSY_S: Final = (0.05, 0.15)
 """A neighbour whose slots are all busy is asked again after so long, at random, and twice as long each time in a row: how long a slot is
 taken depends on its link."""
 MOST_DOUBLINGS: Final = 4
+MOST_NEIGHBOURS: Final = 256
+"""In one task, whoever introduces them: each takes a byte per chunk and a connection. A scheduler stops at about a tenth."""
 _ASKED_BEFORE_S: Final = 3600.0
 """A chunk that has waited once stays in `waiting` with a time this far away: the next time the scheduler is asked."""
 
@@ -160,7 +162,7 @@ class PeerCore:
         standing = self.standings.get(contact.id)
         if standing is not None and standing.banned and standing.contact == contact:
             return [Send(task.task, Report(task.task, contact.id, Complaint.CORRUPT))]
-        if contact.id in task.neighbours:
+        if contact.id in task.neighbours or len(task.neighbours) >= MOST_NEIGHBOURS:
             return []
         if standing is None or standing.contact != contact:
             standing = self.standings[contact.id] = Standing(contact)

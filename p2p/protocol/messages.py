@@ -18,6 +18,7 @@ MAX_FRAME: Final = 1 << 20
 MAX_GROUPS: Final = 1 << 20
 """Groups of a task: 4 TiB."""
 MAX_LISTED: Final = 65536
+MAX_CONTACTS: Final = 1024
 
 Task = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 PeerId = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[0-9A-Za-z._-]+$")]
@@ -105,7 +106,7 @@ class Neighbours(msgspec.Struct, array_like=True, frozen=True, tag="neighbours")
     """More peers to exchange have-maps with."""
 
     task: Task
-    peers: list[Contact]
+    peers: Annotated[list[Contact], msgspec.Meta(max_length=MAX_CONTACTS)]
 
 
 class Ask(msgspec.Struct, array_like=True, frozen=True, tag="ask"):
@@ -133,7 +134,7 @@ class Answer(msgspec.Struct, array_like=True, frozen=True, tag="answer"):
     """Answer to `ask`."""
 
     number: Count
-    rulings: list[Ruling]
+    rulings: Annotated[list[Ruling], msgspec.Meta(max_length=MAX_LISTED)]
 
 
 class Done(msgspec.Struct, array_like=True, frozen=True, tag="done"):
@@ -222,7 +223,7 @@ class Preheated(msgspec.Struct, array_like=True, frozen=True, tag="preheated"):
     """How far all of them are."""
 
     number: Count
-    nodes: list[NodeProgress]
+    nodes: Annotated[list[NodeProgress], msgspec.Meta(max_length=MAX_LISTED)]
 
 
 class PinVerdict(IntEnum):

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import ssl
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ _MOST_HEAD: Final = 8 << 10
 _MOST_BODY: Final = 64 << 10
 _PIECE: Final = 1 << 20
 CONNECTIONS: Final = 256
+PER_HOST: Final = 128
+"""Of these, those of one other machine: it cannot keep everybody else out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class HttpServer:
         self._pace = pace
         self._ssl = ssl_context
         self._connections = 0
+        self._by_host: Counter[str] = Counter()
 
     async def serve(
         self, host: str, port: int, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
@@ -125,10 +129,12 @@ class HttpServer:
             task_status.started()
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        if self._connections >= CONNECTIONS:
+        host = _host_of(stream)
+        if self._connections >= CONNECTIONS or (host and self._by_host[host] >= PER_HOST):
             await trio.aclose_forcefully(stream)
             return
         self._connections += 1
+        self._by_host[host] += 1
         try:
             if stream.socket.family != socket.AF_UNIX:
                 stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -143,8 +149,19 @@ class HttpServer:
             _log.debug("connection ended: %s", error)
         finally:
             self._connections -= 1
+            self._by_host[host] -= 1
+            if not self._by_host[host]:
+                del self._by_host[host]
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
+
+
+def _host_of(stream: trio.SocketStream) -> str:
+    """Return the address of the other machine, empty if it is this one by a UNIX socket or gone."""
+    try:
+        return "" if stream.socket.family == socket.AF_UNIX else str(stream.socket.getpeername()[0])
+    except OSError:
+        return ""
 
 
 class _Connection:
