@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
+import secrets
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -159,7 +160,15 @@ class SwarmPeer:
             kind = Kind.SEED if self._settings.seed else Kind.PEER
             settings = self._settings
             hello = Hello(
-                VERSION, self.core.id, self.port, kind, settings.zone, settings.rack, settings.token, settings.address
+                VERSION,
+                self.core.id,
+                self.port,
+                kind,
+                settings.zone,
+                settings.rack,
+                settings.token,
+                settings.address,
+                secrets.token_hex(16),
             )
             context = tls.by_name if tls is not None else None
             self._links = Links(hello, self._received, self._answered, self._connected, self._lost, context)

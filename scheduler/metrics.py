@@ -23,7 +23,9 @@ SCHEDULER: Final = (
     Series("rafs_scheduler_complaints", "counter", "Reports on peers: corrupt, stalled, unreachable.", "what"),
     Series("rafs_scheduler_engine_seconds", "counter", "Time spent in decisions, by kind of event.", "event"),
     Series("rafs_scheduler_queue_overflows", "counter", "Peers cut off because they did not read."),
-    Series("rafs_scheduler_refused", "counter", "Connections refused: version, token, certificate, too many.", "cause"),
+    Series(
+        "rafs_scheduler_refused", "counter", "Connections refused: version, token, certificate, id, too many.", "cause"
+    ),
     Series("rafs_scheduler_preheats", "gauge", "Preheats under way."),
     Series("rafs_scheduler_memory_bytes", "gauge", "Resident memory."),
 )

@@ -100,6 +100,7 @@ class Scheduler:
         self.engine = Engine(rng)
         self._outboxes: dict[str, trio.MemorySendChannel[FromScheduler]] = {}
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._keys: dict[str, str] = {}
         self._open = 0
         self._unknown: Counter[str] = Counter()
         self.counters: Counter[str] = Counter()
@@ -198,10 +199,16 @@ class Scheduler:
     async def _peer(self, hello: Hello, host: str, frames: FrameStream) -> None:
         older = self._scopes.get(hello.id)
         if older is not None:
+            # Ids are told to neighbours: whoever knows one could cut its owner off.
+            if not hello.key or not hmac.compare_digest(hello.key.encode(), self._keys[hello.id].encode()):
+                self.refused["id"] += 1
+                _log.warning("peer refused: host=%s says the id of another that is connected: id=%s", host, hello.id)
+                return
             older.cancel()
         send, receive = trio.open_memory_channel[FromScheduler](_QUEUE)
         async with trio.open_nursery() as nursery:
             self._scopes[hello.id] = nursery.cancel_scope
+            self._keys[hello.id] = hello.key
             self._outboxes[hello.id] = send
             try:
                 self._deliver(self._timed("connect", lambda: self.engine.connect(hello, host, self._now())))
@@ -221,7 +228,7 @@ class Scheduler:
                 nursery.cancel_scope.cancel()
             finally:
                 if self._outboxes.get(hello.id) is send:
-                    del self._outboxes[hello.id], self._scopes[hello.id]
+                    del self._outboxes[hello.id], self._scopes[hello.id], self._keys[hello.id]
                     self._deliver(self._timed("disconnect", lambda: self.engine.disconnect(hello.id, self._now())))
                     _log.info("peer gone: id=%s host=%s", hello.id, host)
 

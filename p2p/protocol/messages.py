@@ -78,6 +78,8 @@ class Hello(msgspec.Struct, array_like=True, frozen=True, tag="hello"):
     rack: Name = ""
     token: Name = ""
     address: Name = ""
+    key: Name = ""
+    """A secret of this run of the program: who says an id that is connected must say the same key."""
 
 
 class Welcome(msgspec.Struct, array_like=True, frozen=True, tag="welcome"):

@@ -137,3 +137,25 @@ def test_a_peer_can_make_the_scheduler_hold_only_so_much() -> None:
     for number in range(TASKS_PER_PEER + 20):
         engine.handle("many", Join((1000 + number).to_bytes(32, "big"), 1), 0.0)
     assert len(engine.peers["many"].tasks) == TASKS_PER_PEER
+
+
+@pytest.mark.logs_warnings
+async def test_who_says_the_id_of_another_does_not_cut_it_off() -> None:
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            running, port = await scheduler_in(nursery)
+
+            async def hello(key: str) -> bool:
+                frames = FrameStream(await connect(port))
+                await frames.send(encode(Hello(VERSION, "victim", 1, Kind.PEER, key=key)))
+                return await frames.receive() is not None
+
+            assert await hello("secret")
+            first = running._scopes["victim"]
+            assert not await hello("")
+            assert not await hello("guess")
+            assert running._scopes["victim"] is first
+            assert running.refused["id"] == 2
+            assert await hello("secret"), "it comes back before its old connection is known to be dead"
+            assert running._scopes["victim"] is not first
+            await end(nursery)
