@@ -87,7 +87,7 @@ MOST_LATER_S: Final = 10.0
 AVOID_S: Final = 60.0
 """How long who complained of a peer that stalled, or could not be reached, is not pointed at it."""
 BAN_S: Final = 600.0
-"""How long a peer that two others accuse of wrong bytes is handed to nobody."""
+"""How long a peer that two others, on different hosts, accuse of wrong bytes is handed to nobody."""
 _FAILURE_HALF_LIFE_S: Final = 120.0
 
 
@@ -144,7 +144,7 @@ class Engine:
         """A program has connected. An older connection of the same id is taken to be dead."""
         self.disconnect(hello.id, now)
         contact = Contact(hello.id, hello.address or host, hello.port, hello.kind)
-        self.peers[hello.id] = PeerState(contact, Place(hello.zone, hello.rack), now)
+        self.peers[hello.id] = PeerState(contact, Place(hello.zone, hello.rack), now, host=host)
         self._seen[hello.id] = None
         if hello.kind is Kind.SEED:
             self._seeds.add(hello.id)
@@ -453,7 +453,7 @@ class Engine:
             return []
         self._note_failure(event.peer, now)
         if event.what is Complaint.CORRUPT:
-            accused.accused_by[peer] = now
+            accused.accused_by[self.peers[peer].host] = now
             self._accused.add(event.peer)
         return self._introduce(state, peer, now)
 

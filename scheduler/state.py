@@ -248,7 +248,9 @@ class PeerState:
     failures: float = 0.0
     failed_at: float = 0.0
     accused_by: dict[str, float] = field(default_factory=dict)
-    """Who has reported wrong bytes from it, and when."""
+    """Hosts from which wrong bytes of it have been reported, and when: many ids on one machine are one accuser."""
+    host: str = ""
+    """Where its connection comes from, whatever it says of itself."""
 
     @property
     def is_seed(self) -> bool:

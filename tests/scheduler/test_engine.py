@@ -66,7 +66,7 @@ class Cluster:
     def join(self, peer: str, kind: Kind = Kind.PEER, have: set[int] | None = None) -> None:
         self.leases[peer], self.met[peer] = set(), set()
         self.have[peer] = set(have or ())
-        self.take(self.engine.connect(Hello(VERSION, peer, 1, kind), "h", self.now))
+        self.take(self.engine.connect(Hello(VERSION, peer, 1, kind), f"h-{peer}", self.now))
         self.take(self.engine.handle(peer, Join(TASK, GROUPS, "img", pack_bits(self.have[peer], GROUPS)), self.now))
 
     def ask(self, peer: str, *groups: int, urgent: bool = False) -> list[Ruling]:
@@ -277,3 +277,13 @@ def test_groups_that_do_not_exist_are_nothing(message: Done | Ask | Failed | Joi
     cluster.join("a")
     cluster.engine.handle("a", message, 0)
     cluster.check()
+
+
+def test_many_ids_on_one_host_are_one_accuser() -> None:
+    cluster = Cluster()
+    cluster.join("honest")
+    for name in ("a", "b", "c"):
+        cluster.join(name)
+        cluster.engine.peers[name].host = "one machine"
+        cluster.engine.handle(name, Report(TASK, "honest", Complaint.CORRUPT), cluster.now)
+    assert cluster.engine.banned(cluster.now) == set()
