@@ -38,6 +38,8 @@ from tests.simulation.world import Setting, World
 from .measure import Row, commit, machine, table
 
 _TASK = b"t" * 32
+_BATCH = 100
+"""Events between two looks at the clock."""
 
 
 def simulate(setting: Setting) -> tuple[list[Row], World]:
@@ -100,46 +102,48 @@ def engine(events: int = 200_000, peers: int = 3000, groups: int = 8000, seed: i
     now, spent, count = 1.0, 0.0, 0
     kinds: dict[str, int] = {}
     while count < events:
-        now += 0.0005
+        batch: list[tuple[str, Any]] = []
+        for _ in range(_BATCH):
+            peer = rng.choice(names)
+            mine = leases.pop(peer, [])
+            draw = rng.random()
+            if mine:
+                batch.append((peer, Done(_TASK, mine)))
+            elif draw < 0.45:
+                first = rng.randrange(groups)
+                wanted = list(range(first, min(groups, first + rng.randrange(1, 4))))
+                batch.append((peer, Ask(1, _TASK, wanted, draw < 0.05)))
+            elif draw < 0.9:
+                batch.append((peer, Done(_TASK, [rng.randrange(groups) for _ in range(4)])))
+            elif draw < 0.97:
+                batch.append((peer, Progress(_TASK, [rng.randrange(groups)])))
+            elif draw < 0.99:
+                batch.append((peer, Report(_TASK, rng.choice(names), Complaint.UNREACHABLE)))
+            else:  # it goes and comes again with what it has
+                member = core.tasks[_TASK].members[peer]
+                batch.append((peer, Join(_TASK, groups, "image", bytes(member.have))))
+        inbox = []
+        began = time.thread_time()  # not what others take of this machine
+        for peer, event in batch:
+            now += 0.0005
+            if isinstance(event, Join):
+                inbox += core.disconnect(peer, now)
+                inbox += core.connect(Hello(VERSION, peer, 1, Kind.PEER, peer[-1]), "host", now)
+                count += 2
+            inbox += core.handle(peer, event, now)
+        inbox += core.tick(now)[0]
+        spent += time.thread_time() - began
+        count += len(batch)
+        for _, event in batch:
+            kinds[type(event).__name__] = kinds.get(type(event).__name__, 0) + 1
         for peer, message in inbox:
             if isinstance(message, Order):
                 leases.setdefault(peer, []).append(message.group)
             elif isinstance(message, Answer):
                 leases.setdefault(peer, []).extend(r.group for r in message.rulings if r.verdict is Verdict.LEASE)
-        peer = rng.choice(names)
-        mine = leases.pop(peer, [])
-        draw = rng.random()
-        event: Any
-        if mine:
-            event = Done(_TASK, mine)
-        elif draw < 0.45:
-            first = rng.randrange(groups)
-            event = Ask(1, _TASK, list(range(first, min(groups, first + rng.randrange(1, 4)))), draw < 0.05)
-        elif draw < 0.9:
-            event = Done(_TASK, [rng.randrange(groups) for _ in range(4)])
-        elif draw < 0.97:
-            event = Progress(_TASK, [rng.randrange(groups)])
-        elif draw < 0.99:
-            event = Report(_TASK, rng.choice(names), Complaint.UNREACHABLE)
-        else:  # it goes and comes again with what it has
-            member = core.tasks[_TASK].members[peer]
-            event = Join(_TASK, groups, "image", bytes(member.have))
-        began = time.perf_counter()
-        if isinstance(event, Join):
-            inbox = core.disconnect(peer, now)
-            inbox += core.connect(Hello(VERSION, peer, 1, Kind.PEER, peer[-1]), "host", now)
-            count += 2
-            inbox += core.handle(peer, event, now)
-        else:
-            inbox = core.handle(peer, event, now)
-        if not count % 100:
-            core.tick(now)
-        spent += time.perf_counter() - began
-        count += 1
-        kinds[type(event).__name__] = kinds.get(type(event).__name__, 0) + 1
     speed = count / spent
     return [
-        Row(f"scheduler engine, {peers:,} peers, {groups:,} groups", f"{speed:,.0f} events/s", "-", speed / 20000, ">= 1.0 (20,000/s)",
+        Row(f"scheduler engine, {peers:,} peers, {groups:,} groups", f"{speed:,.0f} events/s of CPU", "20,000/s", speed / 20000, ">= 1.0",
             speed >= 20000, _counts(kinds)),
         Row("memory of the engine per peer and task", f"{held / peers / 1024:.1f} KiB", f"{groups / 8 / 1024:.1f} KiB of bitmap", None, "-",
             None, f"{peers:,} peers have just joined with a tenth of the groups"),
@@ -176,6 +180,8 @@ def main() -> int:
     )
     for name in ("churn", "slow", "stuck", "corrupt", "empty", "readers"):
         parser.add_argument(f"--{name}", type=float, default=0.0, help="share of the peers")
+    parser.add_argument("--downloads", type=int, default=6, help="units to a peer at once; 6: as chunks in the daemon")
+    parser.add_argument("--uploads", type=int, default=12, help="units from a peer at once; 12: as in the daemon")
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1, help="of the random numbers")
     parser.add_argument("--no-engine", action="store_true", help="leave out the engine alone")
@@ -189,7 +195,8 @@ def main() -> int:
                 zones=arguments.zones, zone_link=arguments.zone_link, churn=arguments.churn, slow=arguments.slow,
                 stuck=arguments.stuck, corrupt=arguments.corrupt, empty=arguments.empty, readers=arguments.readers,
                 seeds=arguments.seeds, seed=arguments.seed,
-                step_s=min(0.1, max(0.005, arguments.size / units / arguments.link / 8)),
+                downloads=arguments.downloads, uploads=arguments.uploads,
+                step_s=min(0.2, max(0.005, arguments.size / units / arguments.link / 8)),
             )  # fmt: skip
             found, _ = simulate(setting)
             rows += found

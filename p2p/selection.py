@@ -7,6 +7,7 @@ has shown; equals at random. What no neighbour has is left over.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,17 @@ def assign(
             position += 1
             continue
         size = length(first)
-        peer = min(holders, key=lambda p: ((booked[p] + size) / max(1.0, offers[p].rate), rng.random()))
+        peer = holders[0]
+        if len(holders) > 1:
+            soonest, equals = math.inf, 1
+            for holder in holders:
+                takes = (booked[holder] + size) / max(1.0, offers[holder].rate)
+                if takes < soonest:
+                    peer, soonest, equals = holder, takes, 1
+                elif takes == soonest:
+                    equals += 1
+                    if rng.random() * equals < 1.0:
+                        peer = holder
         have = offers[peer].have
         count = 1
         while position + count < len(wanted) and wanted[position + count] == first + count and have[first + count]:

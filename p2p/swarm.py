@@ -39,23 +39,19 @@ from .core.effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
 from .core.errand import Inquire, Outcome, Reply, Take
 from .core.peer import PeerCore
 from .core.task import PeerTask
+from .decision_log import log_effect, log_rulings, log_step
 from .link import Link, Links, parse_addresses
 from .neighbour import AbsentError, BusyError, Neighbour
 from .pace import UploadPace
 from .pins import PinDesk
 from .protocol.messages import (
     VERSION,
-    Done,
-    Failed,
     Fill,
     Filled,
     FromScheduler,
     Hello,
-    Join,
     Kind,
-    Leave,
     PinAnswer,
-    Report,
     Ruling,
 )
 from .selection import Run
@@ -218,12 +214,12 @@ class SwarmPeer:
             step = next(steps)
             while True:
                 rulings = None
-                _log_step(task, step)
+                log_step(task, step)
                 if isinstance(step, Take):
                     await self._take_all(task, step.runs, landed)
                 elif isinstance(step, Inquire):
                     rulings = await self._links.ask(task.task, step.groups, urgent=urgent, again=step.again)
-                    _log_rulings(task, rulings)
+                    log_rulings(task, rulings)
                 else:
                     self._perform(step.effects)
                 step = steps.send(Reply(trio.current_time(), rulings))
@@ -445,7 +441,7 @@ class SwarmPeer:
         """Do what was decided, in order; messages go to `link`, or to who looks after their task. No checkpoint."""
         for effect in effects:
             if isinstance(effect, Send | Listen):
-                _log_effect(effect)
+                log_effect(effect)
             if isinstance(effect, Send):
                 links = self._links
                 if links is None or not links.send(link or links.home(effect.task), effect.message):
@@ -479,50 +475,6 @@ class SwarmPeer:
             await trio.sleep(_TICK_S)
             self._perform(self.core.tick(trio.current_time()))
             self._wake_plans()
-
-
-def _log_step(task: PeerTask, step: object) -> None:
-    """Log whom chunks are taken from and what the scheduler is asked."""
-    if isinstance(step, Take):
-        for run in step.runs:
-            _log.debug(
-                "parent chosen: space=%s first=%d count=%d peer=%s",
-                task.task.hex()[:16],
-                run.first,
-                run.count,
-                run.peer,
-            )
-    elif isinstance(step, Inquire):
-        _log.debug("scheduler asked: space=%s groups=%s", task.task.hex()[:16], step.groups)
-
-
-def _log_rulings(task: PeerTask, rulings: list[Ruling] | None) -> None:
-    if rulings is None:
-        _log.debug("no ruling, fetched from the registry: space=%s", task.task.hex()[:16])
-    for ruling in rulings or ():
-        _log.debug(
-            "ruling: space=%s group=%d verdict=%s peer=%s",
-            task.task.hex()[:16],
-            ruling.group,
-            ruling.verdict.name.lower(),
-            ruling.peer.id if ruling.peer else "-",
-        )
-
-
-def _log_effect(effect: Send | Listen) -> None:
-    space = effect.task.hex()[:16]
-    if isinstance(effect, Listen):
-        _log.debug("neighbour met: space=%s peer=%s", space, effect.neighbour.id)
-        return
-    message = effect.message
-    if isinstance(message, Report):
-        _log.debug("peer reported: space=%s peer=%s what=%s", space, message.peer, message.what.name.lower())
-    elif isinstance(message, Failed):
-        _log.debug("lease given back: space=%s groups=%s reason=%s", space, message.groups, message.reason)
-    elif isinstance(message, Done):
-        _log.debug("complete: space=%s groups=%s", space, message.groups)
-    elif isinstance(message, Join | Leave):
-        _log.debug("%s: space=%s", "joined" if isinstance(message, Join) else "left", space)
 
 
 @asynccontextmanager

@@ -257,22 +257,19 @@ class Engine:
         """Give a peer neighbours, and give them to it."""
         me = self.peers[peer]
         member = state.members[peer]
-        others = [
-            other
-            for other in self._sample(state)
-            if other != peer
-            and other not in member.neighbours
-            and not member.avoids(other, now)
-            and not self._is_banned(other, now)
-        ]
         wanted = NEW_NEIGHBOURS - len(member.neighbours)
-        if wanted <= 0 or not others:
+        if wanted <= 0:
+            return []
+        met = member.neighbours
+        others = [other for other in self._sample(state) if other not in met and other != peer]
+        if member.blocked or self._accused:
+            others = [o for o in others if not member.avoids(o, now) and not self._is_banned(o, now)]
+        if not others:
             return []
         if len(others) > wanted:
             ranked = sorted(others, key=lambda other: -self._score(me, other, now))
-            best = ranked[: (wanted + 1) // 2]
-            rest = [other for other in others if other not in best]
-            others = best + self._rng.sample(rest, min(len(rest), wanted - len(best)))
+            half = (wanted + 1) // 2
+            others = ranked[:half] + self._rng.sample(ranked[half:], wanted - half)
         out: Out = [(peer, Neighbours(state.task, [self.peers[other].contact for other in others]))]
         for other in others:
             self._connect_pair(state, peer, other)
@@ -314,11 +311,24 @@ class Engine:
         if state is None or peer not in state.members:
             return [(peer, Answer(event.number, []))]
         out: Out = []
-        rulings = [self._rule(state, peer, group, now, event, out) for group in event.groups if group < state.groups]
+        member = state.members[peer]
+        may: Callable[[str], bool] | None = None
+        if member.blocked or self._accused:
+
+            def may(other: str) -> bool:
+                return not member.avoids(other, now) and not self._is_banned(other, now)
+
+        rulings = [
+            self._rule(state, peer, member, group, now, event, may, out)
+            for group in event.groups
+            if group < state.groups
+        ]
         return [(peer, Answer(event.number, rulings)), *out]
 
-    def _rule(self, state: TaskState, peer: str, group: int, now: float, ask: Ask, out: Out) -> Ruling:
-        member = state.members[peer]
+    def _rule(
+        self, state: TaskState, peer: str, member: Member, group: int, now: float, ask: Ask,
+        may: Callable[[str], bool] | None, out: Out,
+    ) -> Ruling:  # fmt: skip
         lease = state.leases.get(group)
         if lease is not None and lease.expires <= now:
             state.end_lease(group)
@@ -328,11 +338,7 @@ class Engine:
         if lease is not None and lease.peer == peer:
             lease.expires = now + LEASE_S
             return Ruling(group, Verdict.LEASE)
-        holders = state.find_holders(
-            group,
-            lambda other: other != peer and not member.avoids(other, now) and not self._is_banned(other, now),
-            self._rng,
-        )
+        holders = state.find_holders(group, peer, may, self._rng)
         if holders:
             return self._point(state, peer, group, holders, Verdict.HELD, ask, out)
         if lease is not None and not member.avoids(lease.peer, now):
@@ -385,10 +391,15 @@ class Engine:
         self, state: TaskState, peer: str, group: int, others: list[str], verdict: Verdict, ask: Ask, out: Out
     ) -> Ruling:
         """Rule that others have or get a group; one of them and the asker become neighbours, unless the mesh will bring it."""
-        met = state.members[peer].neighbours
-        other = min(others, key=lambda name: (len(state.members[name].neighbours), self._rng.random()))
+        members = state.members
+        met = members[peer].neighbours
+        other, least = others[0], len(members[others[0]].neighbours)
+        for name in others[1:]:
+            degree = len(members[name].neighbours)
+            if degree < least or (degree == least and self._rng.random() < 0.5):
+                other, least = name, degree
         if other not in met:
-            crowded = max(len(met), len(state.members[other].neighbours)) >= CROWDED
+            crowded = max(len(met), least) >= CROWDED
             if crowded and not ask.urgent and ask.again < PATIENCE:
                 return Ruling(group, Verdict.WAIT, None, self._patience(state))
             self._connect_pair(state, peer, other)
@@ -398,13 +409,15 @@ class Engine:
     def _done(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Done)
         state = self.tasks.get(event.task)
-        if state is None or peer not in state.members:
+        member = state.members.get(peer) if state is not None else None
+        if state is None or member is None:
             return []
         out: Out = []
+        leases = state.leases
         for group in event.groups:
             if group < state.groups:
-                state.mark(peer, group)
-                lease = state.leases.get(group)
+                state.mark(peer, member, group)
+                lease = leases.get(group)
                 if lease is not None:
                     # Whoever brought it: nobody needs to fetch it from the registry any more.
                     state.end_lease(group)

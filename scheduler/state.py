@@ -22,7 +22,9 @@ from p2p.protocol.messages import Contact, Kind
 from .weights import Place
 
 KNOWN: Final = 8
-"""Holders of a group that are remembered by name: enough to choose the least busy one."""
+"""Holders of a group that are remembered by name: some of them may be gone, or be complained of, when they are needed."""
+CHOICE: Final = 4
+"""Holders of a group among which the least busy one is chosen."""
 _PROBES: Final = 32
 """Members asked at random for a group whose known holders are gone, before all are looked at."""
 
@@ -51,10 +53,11 @@ class Crowd:
 
     def draw(self, rng: random.Random, count: int) -> list[str]:
         """Return up to `count` different names, all of them if there are no more."""
-        size = len(self._names)
+        names, draw = self._names, rng.random
+        size = len(names)
         if size <= count:
-            return list(self._names)
-        return list({self._names[int(rng.random() * size)]: None for _ in range(count)})
+            return list(names)
+        return list({names[int(draw() * size)]: None for _ in range(count)})
 
     def newest(self, count: int) -> list[str]:
         """Return names that were taken in late, unless others have gone since."""
@@ -144,30 +147,18 @@ class TaskState:
                 self._note_holder(group, peer)
         return member
 
-    def mark(self, peer: str, group: int) -> bool:
-        """Note that a peer has a group; return whether that is new."""
-        member = self.members[peer]
-        if member.has(group):
-            return False
-        member.have[group >> 3] |= 1 << (group & 7)
+    def mark(self, peer: str, member: Member, group: int) -> None:
+        """Note that a member has a group. What a member has only grows: a node evicts whole data spaces, which it leaves first."""
+        byte, bit = group >> 3, 1 << (group & 7)
+        have = member.have
+        if have[byte] & bit:
+            return
+        have[byte] |= bit
         member.count += 1
         self.copies[group] += 1
         if member.count == self.groups:
             self.complete.add(peer)
         self._note_holder(group, peer)
-        return True
-
-    def unmark(self, peer: str, group: int) -> bool:
-        """Note that a peer no longer has a group; return whether it had it."""
-        member = self.members[peer]
-        if not member.has(group):
-            return False
-        if member.count == self.groups:
-            self.complete.discard(peer)
-        member.have[group >> 3] &= ~(1 << (group & 7))
-        member.count -= 1
-        self.copies[group] -= 1
-        return True
 
     def remove(self, peer: str) -> None:
         """Take a peer out, with its leases and what it has."""
@@ -204,16 +195,27 @@ class TaskState:
             member.leases.discard(group)
         return lease.peer
 
-    def find_holders(self, group: int, may: Callable[[str], bool], rng: random.Random) -> list[str]:
-        """Return some members that have a group and that `may` allows; none only if there is none."""
+    def find_holders(self, group: int, asker: str, may: Callable[[str], bool] | None, rng: random.Random) -> list[str]:
+        """Return some members, not the asker, that have a group and that `may` allows (None: all); none only if there is none."""
         if not self.copies[group]:
             return []
-        known = [peer for peer in self._known.get(group, ()) if self._has(peer, group)]
-        found = [peer for peer in (*known, *self.complete.draw(rng, 2)) if may(peer)]
+        found: list[str] = []
+        members, byte, bit = self.members, group >> 3, 1 << (group & 7)
+        for peer in reversed(self._known.get(group, ())):
+            member = members.get(peer)
+            if member is None or not member.have[byte] & bit or peer == asker or (may is not None and not may(peer)):
+                continue
+            found.append(peer)
+            if len(found) >= CHOICE:
+                break
+        if len(self.complete):
+            for peer in self.complete.draw(rng, 2):
+                if peer != asker and peer not in found and (may is None or may(peer)):
+                    found.append(peer)
         if found:
-            return list(dict.fromkeys(found))
+            return found
         for names in (self.names.draw(rng, _PROBES), self.names):
-            found = [peer for peer in names if self._has(peer, group) and may(peer)]
+            found = [p for p in names if p != asker and self._has(p, group) and (may is None or may(p))]
             if found:
                 self._known[group] = found[-KNOWN:]
                 return found[-KNOWN:]
@@ -224,7 +226,10 @@ class TaskState:
         return member is not None and member.has(group)
 
     def _note_holder(self, group: int, peer: str) -> None:
-        known = self._known.setdefault(group, [])
+        known = self._known.get(group)
+        if known is None:
+            self._known[group] = [peer]
+            return
         known.append(peer)
         if len(known) > KNOWN:
             del known[0]

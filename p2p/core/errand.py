@@ -31,6 +31,9 @@ is on its way to all."""
 BRIEF_S: Final = 0.2
 """A holder that rests for less than this is waited for without asking the scheduler, and however long it rests if the scheduler has been
 asked within WAIT_S."""
+MOST_REFUSALS: Final = 6
+"""A prefetch waits, without asking, for a holder that has had no slot free up to so many times in a row: who is asked by many is about to
+have made other holders, which are heard of. One that never has a slot is not waited for."""
 ROUNDS: Final = 3
 """Attempts to get chunks from neighbours in one errand; a chunk that none of them gave waits."""
 
@@ -100,17 +103,19 @@ class Errand:
         task, content = self._task, self._task.content
         for attempt in range(ROUNDS):
             wanted = self._missing()
-            runs, _ = assign(wanted, task.offers(wanted, now), content.length, self._rng)
-            if runs:
+            offers = task.offers(wanted, now)
+            missing = wanted
+            if offers:
+                runs, _ = assign(wanted, offers, content.length, self._rng)
                 now = (yield Take(runs)).now
-            missing = self._missing()
+                missing = self._missing()
+                if missing and attempt < ROUNDS - 1:
+                    continue
             if not missing:
                 return Outcome(self._ours, [])
-            if runs and attempt < ROUNDS - 1:
-                continue
             now = yield from self._rule(missing, now)
             # While the scheduler was asked, a neighbour may have announced what nobody had before.
-            if not any(n.have[chunk] for n in task.willing(now) for chunk in self._until):
+            if not task.offers(list(self._until), now):
                 break
         waiting = content.missing(self._until)
         for chunk in waiting:
@@ -118,7 +123,8 @@ class Errand:
         return Outcome(content.missing(self._ours), waiting)
 
     def _missing(self) -> list[int]:
-        return [chunk for chunk in self._task.content.missing(self._chunks) if chunk not in self._ours]
+        missing = self._task.content.missing(self._chunks)
+        return [chunk for chunk in missing if chunk not in self._ours] if self._ours else missing
 
     def _rule(self, missing: list[int], now: float) -> Generator[Inquire | Perform, Reply, float]:
         """Divide what no neighbour gave into what is ours and until when to wait for the rest; return the time."""
@@ -147,15 +153,17 @@ class Errand:
         task = self._task
         self._until = {}
         unknown: dict[int, list[int]] = {}
-        pending = {group for n in task.willing(now) for group in n.pending}
         for chunk in missing:
             group = task.content.group(chunk)
-            again = task.rest_of_holders(chunk)
+            holder = task.soonest_holder(chunk)
+            again = None if holder is None else holder.rests_until
             if group in task.leases:
                 self._ours.append(chunk)
+            elif holder is not None and not self._urgent and not holder.faults and 0 < holder.refusals <= MOST_REFUSALS:
+                self._until[chunk] = min(holder.rests_until, now + MOST_AFTER_S)
             elif again is not None and (again - now < BRIEF_S or now - task.asked.get(chunk, _NEVER)[1] < WAIT_S):
                 self._until[chunk] = min(again, now + WAIT_S)
-            elif group in pending and chunk not in task.waiting:
+            elif chunk not in task.waiting and task.is_pending(group, now):
                 self._until[chunk] = now + WAIT_S
             elif not self._urgent and chunk not in task.waiting and len(task.waiting) >= PATIENT:
                 self._until[chunk] = now + WAIT_S * (0.5 + self._rng.random())

@@ -49,6 +49,9 @@ MOST_FAULTS: Final = 6
 BUSY_S: Final = (0.05, 0.15)
 """A neighbour whose slots are all busy is asked again after so long, at random, and twice as long each time in a row: how long a slot is
 taken depends on its link."""
+BUSY_SLOTS: Final = (0.1, 0.3)
+"""And not before this part of the time that it has taken for one request so far: of its dozen slots one becomes free about so often."""
+MOST_SLOT_S: Final = 20.0
 MOST_DOUBLINGS: Final = 4
 MOST_NEIGHBOURS: Final = 256
 """In one task, whoever introduces them: each takes a byte per chunk and a connection. A scheduler stops at about a tenth."""
@@ -185,9 +188,10 @@ class PeerCore:
         """A neighbour has more: what waits for it goes on."""
         task.count(fresh, 1)
         effects: Effects = []
+        waiting = task.waiting
         for chunk in fresh:
-            if chunk in task.waiting:
-                del task.waiting[chunk]
+            if chunk in waiting:
+                del waiting[chunk]
                 effects.append(Requeue(task.task, chunk))
         return effects
 
@@ -206,7 +210,8 @@ class PeerCore:
         """A neighbour has no slot free."""
         self.counters["busy"] += 1
         standing = view.standing
-        standing.rests_until = now + self.rng.uniform(*BUSY_S) * (1 << min(standing.refusals, MOST_DOUBLINGS))
+        usual = max(self.rng.uniform(*BUSY_S), self.rng.uniform(*BUSY_SLOTS) * min(standing.slot_s, MOST_SLOT_S))
+        standing.rests_until = now + usual * (1 << min(standing.refusals, MOST_DOUBLINGS))
         standing.refusals += 1
 
     def was_absent(self, task: PeerTask, view: NeighbourView, chunk: int, now: float) -> Effects:

@@ -40,6 +40,8 @@ class Prefetch:
             self._rank[first] = task.copies[first]
         self._near = sum(task.copies[first] > 0 for first in self._batches)
         """Batches that some neighbour has."""
+        self._barren_until = 0.0
+        """Before this time, and before something changes, no neighbour that may be asked has anything that is left."""
         task.plans.append(self)
 
     @property
@@ -59,6 +61,7 @@ class Prefetch:
         if before != _TAKEN:
             after = self._rank[chunk] = self._task.copies[chunk]
             self._near += (after > 0) - (before > 0)
+            self._barren_until = 0.0
 
     def landed(self, chunk: int) -> None:
         """A chunk is here."""
@@ -71,7 +74,7 @@ class Prefetch:
             first = self._early()
             if first >= 0:
                 self._blind.add(first)
-        if first < 0 and self._near:
+        if first < 0 and self._near and now >= self._barren_until:
             first = self._rarest_of_soonest(now)
         if first < 0 and not self._blind:
             first = self._miscounted()
@@ -82,14 +85,20 @@ class Prefetch:
         return self._batches.pop(first)
 
     def _rarest_of_soonest(self, now: float) -> int:
-        ranked = sorted(
-            self._task.willing(now),
-            key=lambda n: ((n.standing.under_way + 1) / max(1.0, n.standing.rate), self._rng.random()),
-        )
-        for neighbour in ranked:
+        draw = self._rng.random
+        ranked = [
+            ((n.standing.under_way + 1) / max(1.0, n.standing.rate), draw(), number, n)
+            for number, n in enumerate(self._task.willing(now))
+        ]
+        ranked.sort()
+        for _, _, _, neighbour in ranked:
             found = self._rarest(neighbour)
             if found >= 0:
                 return found
+        self._barren_until = min(
+            (n.standing.rests_until for n in self._task.neighbours.values() if n.standing.rests_until > now),
+            default=0.0,
+        )
         return -1
 
     def _miscounted(self) -> int:

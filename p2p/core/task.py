@@ -66,6 +66,8 @@ class Standing:
     """How often in a row it stalled, or lacked what it had announced."""
     refusals: int = 0
     """How often in a row it had no slot free."""
+    slot_s: float = 0.0
+    """How long one of the chunks that it gave has taken."""
 
     def note(self, size: int, seconds: float) -> None:
         """Note a transfer."""
@@ -73,6 +75,7 @@ class Standing:
         self.faults = 0
         self.refusals = 0
         self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
+        self.slot_s += _WEIGHT * (seconds - self.slot_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,10 +125,15 @@ class PeerTask:
         self.copies = bytearray(self.content.count)
 
     def count(self, chunks: Iterable[int], step: int) -> None:
-        """Note that a neighbour has chunks (`step` 1), or has them no longer (-1)."""
+        """Note that a neighbour has chunks (`step` 1), or has them no longer (-1). A count that has reached MOST_COPIES stays there: it
+        is never less than the neighbours that have the chunk, up to that number.
+        """
         copies = self.copies
         for chunk in chunks:
-            copies[chunk] = min(MOST_COPIES, max(0, copies[chunk] + step))
+            before = copies[chunk]
+            if before == MOST_COPIES or before + step < 0:
+                continue
+            copies[chunk] = before + step
             for plan in self.plans:
                 plan.changed(chunk)
 
@@ -141,19 +149,46 @@ class PeerTask:
 
     def offers(self, chunks: list[int], now: float) -> dict[str, Offer]:
         """Return what selection needs to know of the neighbours that may be asked and have any of these chunks."""
-        return {
-            n.standing.contact.id: Offer(n.have, n.standing.under_way, n.standing.rate)
-            for n in self.willing(now)
-            if any(map(n.have.__getitem__, chunks))
-        }
+        copies = self.copies
+        near = [chunk for chunk in chunks if copies[chunk]]
+        if not near:
+            return {}
+        offers: dict[str, Offer] = {}
+        alone = near[0] if len(near) == 1 else None
+        for n in self.neighbours.values():
+            if not n.listening:
+                continue
+            have = n.have
+            # What it has first: that alone turns most away.
+            if not have[alone] if alone is not None else not any(map(have.__getitem__, near)):
+                continue
+            s = n.standing
+            if s.rests_until <= now and not s.banned:
+                offers[s.contact.id] = Offer(have, s.under_way, s.rate)
+        return offers
 
     def rest_of_holders(self, chunk: int) -> float | None:
         """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""
-        return min(
-            (
-                n.standing.rests_until
-                for n in self.neighbours.values()
-                if n.listening and not n.standing.banned and n.have[chunk]
-            ),
-            default=None,
-        )
+        holder = self.soonest_holder(chunk)
+        return None if holder is None else holder.rests_until
+
+    def soonest_holder(self, chunk: int) -> Standing | None:
+        """Return the neighbour that has a chunk and may be asked again first, None if no neighbour has it."""
+        if not self.copies[chunk]:
+            return None
+        soonest: Standing | None = None
+        for n in self.neighbours.values():
+            if n.have[chunk] and n.listening:
+                s = n.standing
+                if not s.banned and (soonest is None or s.rests_until < soonest.rests_until):
+                    soonest = s
+        return soonest
+
+    def is_pending(self, group: int, now: float) -> bool:
+        """Tell whether a neighbour that may be asked is fetching a group from the registry."""
+        for n in self.neighbours.values():
+            if group in n.pending and n.listening:
+                s = n.standing
+                if s.rests_until <= now and not s.banned:
+                    return True
+        return False

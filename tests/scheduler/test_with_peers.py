@@ -34,6 +34,7 @@ class Peer:
         self.asked: dict[int, Steps] = {}
         self.to_fetch: set[int] = set()
         self.seen: set[int] = set()
+        self.told: tuple[object, int] = (None, 0)
 
 
 class Swarm(RuleBasedStateMachine):
@@ -209,7 +210,7 @@ class Swarm(RuleBasedStateMachine):
         for group in range(GROUPS):
             holders = [name for name, member in state.members.items() if member.has(group)]
             assert state.copies[group] == len(holders)
-            found = state.find_holders(group, lambda name: True, random.Random(1))
+            found = state.find_holders(group, "nobody", None, random.Random(1))
             assert set(found) <= set(holders)
             assert bool(found) == bool(holders)
         for lease in state.leases.values():
@@ -219,10 +220,15 @@ class Swarm(RuleBasedStateMachine):
 
     @invariant()
     def what_a_peer_has_only_grows(self) -> None:
-        for peer in self.peers.values():
+        for name, peer in self.peers.items():
             held = set(peer.content.held())
             assert held >= peer.seen
             peer.seen = held
+            member = state.members.get(name) if (state := self.engine.tasks.get(TASK)) else None
+            if member is not None:  # a member that leaves, which is what eviction is, and comes again is another one
+                told = int.from_bytes(member.have, "little")
+                assert peer.told[0] is not member or peer.told[1] & ~told == 0
+                peer.told = (member, told)
             for chunk in range(GROUPS):
                 copies = sum(view.have[chunk] for view in peer.task.neighbours.values())
                 assert peer.task.copies[chunk] == copies

@@ -20,7 +20,6 @@ from p2p.link import ASK_S
 from p2p.neighbour import STALL_S
 from p2p.protocol.messages import VERSION, Answer, Ask, FromScheduler, Hello, Kind, Ruling
 from p2p.selection import Run
-from p2p.upload import SLOTS, SMALL_SLOTS
 
 from .content import SimContent, right_value
 
@@ -97,6 +96,8 @@ class SimNode:
     prefetching: set[int] = field(default_factory=set)
     plan: Prefetch | None = None
     reading: int = -1
+    from_registry: set[int] = field(default_factory=set)
+    """Units on their way from the registry: a unit stands for many chunks, so its lease makes progress all the time."""
     trips: dict[int, Trip] = field(default_factory=dict)
     next_ask: int = 0
     ticks_due: set[float] = field(default_factory=set)
@@ -142,6 +143,10 @@ class SimNode:
 
     def _tick(self) -> None:
         if self.alive:
+            leases = self.task.leases
+            for chunk in self.from_registry:
+                if chunk in leases:
+                    leases[chunk] = self.world.now
             self.perform(self.core.tick(self.world.now))
             self._prefetch()
 
@@ -164,7 +169,7 @@ class SimNode:
     # ---- pipeline ------------------------------------------------------------------------------------------------
 
     def _prefetch(self) -> None:
-        while self.plan is not None and self.plan.left and len(self.prefetching) < PREFETCHES:
+        while self.plan is not None and self.plan.left and len(self.prefetching) < self.world.prefetches:
             batch = self.plan.choose(self.world.now)
             if batch is None:
                 return
@@ -198,7 +203,7 @@ class SimNode:
     def _fly(self) -> None:
         while self.busy < WORKERS:
             flight = self._take(self.queues[0])
-            if flight is None and self.busy_prefetch < WORKERS - RESERVE:
+            if flight is None and self.busy_prefetch < self.world.setting.downloads:
                 flight = self._take(self.queues[1])
             if flight is None:
                 return
@@ -238,6 +243,7 @@ class SimNode:
     def _settle(self, trip: Trip, outcome: Outcome, urgent: bool) -> None:
         flight = trip.flight
         if outcome.ours:
+            self.from_registry.add(flight.chunk)
             self.world.from_origin(self, flight.chunk, lambda good: self._from_origin(trip, good, urgent))
             return
         self._release(urgent)
@@ -250,6 +256,7 @@ class SimNode:
         if not self.alive:
             return
         chunk = trip.flight.chunk
+        self.from_registry.discard(chunk)
         if good:
             self._release(urgent)
             if not self.content.has(chunk):
@@ -342,7 +349,7 @@ class SimNode:
                 return
             if other.behaviour.empty or not other.claims(run.first):
                 world.after(world.latency(other, self), refused, "absent")
-            elif other.uploads >= SLOTS - SMALL_SLOTS:
+            elif other.uploads >= world.setting.uploads:
                 world.after(world.latency(other, self), refused, "busy")
             else:
                 other.uploads += 1
@@ -399,11 +406,15 @@ class SimNode:
             view.pending = pending
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
-        fresh = [chunk for chunk in chunks if not view.have[chunk]]
+        have = view.have
+        fresh = [chunk for chunk in chunks if not have[chunk]]
         for chunk in fresh:
-            view.have[chunk] = 1
-        self.perform(self.core.heard(self.task, fresh))
-        self._prefetch()
+            have[chunk] = 1
+        effects = self.core.heard(self.task, fresh)
+        if effects:
+            self.perform(effects)
+        if len(self.prefetching) < self.world.prefetches:
+            self._prefetch()
 
     def _tell_neighbours(self) -> None:
         news, self.news = self.news, []
