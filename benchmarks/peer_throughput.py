@@ -26,6 +26,7 @@ from typing import Final
 import trio
 
 from p2p.core.task import NeighbourView, Standing
+from p2p.keeping import KEEPERS, Keeper
 from p2p.neighbour import Neighbour
 from p2p.protocol.messages import Contact, Kind
 from p2p.selection import Run
@@ -103,17 +104,21 @@ def take_ours(port: int, space: DataSpace, at_once: int, tls: MutualTls | None =
     neighbour = Neighbour(view, Origin("http" if tls is None else "https", "127.0.0.1", port), space)
     context = tls.peers if tls is not None else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     pool = HttpPool(ssl_context=context, timeout_s=10, use_proxies=False)
-    buffers = BufferPool(32 * MIB)
+    keeper = Keeper(BufferPool(32 * MIB))
 
     async def take(first: int) -> None:
         for start in range(first, space.table.count, _RUN * at_once):
             run = Run("giver", start, _RUN, _RUN * _CHUNK)
-            await neighbour.fetch(run, pool, {}, buffers, space.store, lambda chunk: None)
+            await neighbour.fetch(run, pool, {}, keeper, lambda chunk: None)
 
     async def take_all() -> None:
         async with trio.open_nursery() as nursery:
-            for number in range(at_once):
-                nursery.start_soon(take, _RUN * number)
+            for _ in range(KEEPERS):
+                nursery.start_soon(keeper.run)
+            async with trio.open_nursery() as takers:
+                for number in range(at_once):
+                    takers.start_soon(take, _RUN * number)
+            nursery.cancel_scope.cancel()
         pool.close()
 
     trio.run(take_all)

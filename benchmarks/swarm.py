@@ -5,7 +5,9 @@ Image: 256 MiB of noise in one file, so that what crosses a link is what is read
 starts with
 nothing, and reads the file from its first byte to its last; clock from the first open to the last byte of the last node. Floor: one node
 alone, without a scheduler, in the same round. Bytes from the registry are counted twice: as chunks, by all daemons together (what is
-judged), and at the registry's link, with headers of packets and of HTTP, the image's metadata, and what was sent again.
+judged), and at the registry's link, with headers of packets and of HTTP, the image's metadata, and what was sent again. CPU is that of the
+nodes (daemon and FUSE worker; it hardly depends on what else the machine does) and that of the whole machine (which says whether the links
+were what was measured, or the machine).
 """
 
 from __future__ import annotations
@@ -53,6 +55,10 @@ class Result:
     """Bytes that the registry's link carried, in sizes of the image."""
     cpu_s: float
     """Of the whole machine."""
+    daemon_s: float
+    """CPU seconds of a daemon, mean of the nodes that read."""
+    worker_s: float
+    """CPU seconds of a FUSE worker, likewise."""
 
 
 class Field:
@@ -126,6 +132,9 @@ class Field:
                 except BaseException as error:  # noqa: BLE001 - shown by the caller
                     errors.append(error)
 
+            daemons = [node.daemon_pid() for node in nodes]
+            workers = [pid for node in nodes for pid in node.worker_pids()]
+            spent = _spent(daemons), _spent(workers)
             started, cpu = time.perf_counter(), _busy()
             threads = [threading.Thread(target=read, args=(mounted,)) for mounted in mounts]
             for thread in threads:
@@ -135,9 +144,10 @@ class Field:
             if errors or len(ended) != peers:
                 raise RuntimeError(f"{len(ended)} of {peers} nodes have read: {errors[:1]}")
             last, cpu = max(ended) - started, _busy() - cpu
+            daemon, worker = _spent(daemons) - spent[0], _spent(workers) - spent[1]
             link = self.rig.sent_bytes("origin") - before
             origin = sum(node.status()["fetch"].get("origin_bytes", 0) for node in [*seeders, *nodes])
-            return Result(last, origin / _SIZE, link / _SIZE, cpu)
+            return Result(last, origin / _SIZE, link / _SIZE, cpu, daemon / peers, worker / peers)
 
 
 def _say(text: str) -> None:
@@ -147,6 +157,15 @@ def _say(text: str) -> None:
 def _busy() -> float:
     user, nice, system = (int(word) for word in Path("/proc/stat").read_text().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+def _spent(pids: list[int]) -> float:
+    """CPU seconds of processes so far."""
+    total = 0
+    for pid in pids:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(words[11]) + int(words[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -177,14 +196,16 @@ def main() -> int:
         floor = median(floors)
         alone = {peers: field.run(peers, 0, swarm=False) for peers in direct if peers > 1}
         for (peers, seeds), runs in results.items():
-            last, origin, link, cpu = (
-                median([getattr(run, name) for run in runs]) for name in ("last_s", "origin", "link", "cpu_s")
+            last, origin, link, cpu, daemon, worker = (
+                median([getattr(run, name) for run in runs])
+                for name in ("last_s", "origin", "link", "cpu_s", "daemon_s", "worker_s")
             )
             without = f"; without: {alone[peers].last_s:.1f} s, {alone[peers].origin:.2f} x" if peers in alone else ""
             what = f"{peers} peers, {seeds} seeds"
             rows.append(Row(f"{what}: last node", f"{last:.2f} s", f"one alone {floor:.2f} s{without}",
                             last / floor, "<= 1.10", last / floor <= 1.10,
-                            f"{spread([run.last_s for run in runs])}, {cpu / last / (os.cpu_count() or 1):.0%} of the CPU"))  # fmt: skip
+                            f"{spread([run.last_s for run in runs])}, {cpu / last / (os.cpu_count() or 1):.0%} of the CPU; "
+                            f"a node: {daemon:.2f} s daemon, {worker:.2f} s worker"))  # fmt: skip
             rows.append(Row(f"{what}: bytes from the registry", f"{origin:.3f} x", "size of the image",
                             origin, "<= 1.02", origin <= 1.02, f"{link:.3f} x at its link"))  # fmt: skip
     print(table(rows))

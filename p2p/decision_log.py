@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from .core.effects import Listen, Send
+from .core.effects import Follow, Listen, Send
 from .core.errand import Inquire, Take
 from .core.task import PeerTask
 from .protocol.messages import Done, Failed, Join, Leave, Report, Ruling
@@ -45,11 +45,15 @@ def log_rulings(task: PeerTask, rulings: list[Ruling] | None) -> None:
         )
 
 
-def log_effect(effect: Send | Listen) -> None:
-    """Log whom a peer meets, and what it tells the scheduler."""
+def log_effect(effect: Send | Listen | Follow) -> None:
+    """Log whom a peer meets, whom it follows, and what it tells the scheduler."""
     space = effect.task.hex()[:16]
     if isinstance(effect, Listen):
         _log.debug("neighbour met: space=%s peer=%s", space, effect.neighbour.id)
+        return
+    if isinstance(effect, Follow):
+        run = effect.run
+        _log.debug("parent followed: space=%s first=%d count=%d peer=%s", space, run.first, run.count, run.peer)
         return
     message = effect.message
     if isinstance(message, Report):

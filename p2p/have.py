@@ -141,7 +141,7 @@ class Subscriber:
     def set_pending(self, groups: list[int]) -> None:
         """These groups are being fetched. No checkpoint."""
         self._pending = groups
-        self._tell_within(LAZY_S)
+        self._tell_within(PROMPT_S)
 
     def _tell_within(self, seconds: float) -> None:
         self._due = min(self._due, trio.current_time() + seconds)

@@ -1,8 +1,8 @@
 """The connection to a neighbour in one task: its have-map, kept by listening to it, and chunks taken from it. What is known of it is in
 `core.task.NeighbourView`; this module keeps that up to date.
 
-Concurrency: `listen` is one task; it alone changes the have-map, between checkpoints. `fetch` may run several times at once. Cancelled,
-`fetch` leaves chunks that are stored stored.
+Concurrency: `listen` is one task; it alone changes the have-map, between checkpoints. `fetch` may run several times at once, also to
+follow what the neighbour is getting itself; that ends when `listen` does. Cancelled, `fetch` leaves chunks that are stored stored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Final
 
 import trio
 
-from rafsfs.errors import FormatError, IntegrityError, RemoteError, UnavailableError
-from rafsfs.fetch.buffers import BufferPool
+from rafsfs.errors import RafsError, RemoteError, UnavailableError
 from rafsfs.net.http1 import HttpPool, Response
 from rafsfs.net.origin import Origin, Target
 from rafsfs.store.data_space import DataSpace
@@ -24,6 +23,7 @@ from rafsfs.store.data_space import DataSpace
 from .core.task import NeighbourView
 from .entitlement import proof, whole_proof
 from .have import HaveReader
+from .keeping import Keeper, Order
 from .selection import Run
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,14 @@ _FRAME_S: Final = 20.0
 """A frame of a have-map is whole within this time: single bytes are no sign of life."""
 _HAVE_BYTES_PER_S: Final = 256 << 10
 """More of a have-map is not read; what is, is bounded by `HaveReader`."""
+
+
+_FOLLOW_S: Final = 20.0
+"""What is followed may pause for so long: the registry may be slow, and a lease without progress ends by itself before."""
+
+
+Landed = Callable[[int], None]
+"""Called with each chunk that is stored. No checkpoint."""
 
 
 class BusyError(UnavailableError):
@@ -60,6 +68,9 @@ class Neighbour:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     """Of the task that listens: cancelled when this peer leaves the task."""
 
+    follows: set[trio.CancelScope] = field(default_factory=set)
+    """Requests that follow what the neighbour is getting: they end with the have-map, which would say that it is silent."""
+
     @property
     def id(self) -> str:
         """The id of the peer."""
@@ -69,11 +80,12 @@ class Neighbour:
         self,
         pool: HttpPool,
         headers: dict[str, str],
-        came: Callable[[Neighbour, list[int]], None],
+        came: Callable[[Neighbour, list[int], set[int]], None],
         when_up: Callable[[], None],
     ) -> None:
-        """Keep the have-map until the connection ends. Raises AbsentError if the neighbour does not take part, UnavailableError,
-        RemoteError, FormatError.
+        """Keep the have-map until the connection ends; `came` with chunks that are new, and the groups that it is fetching.
+
+        Raises AbsentError if the neighbour does not take part, UnavailableError, RemoteError, FormatError.
         """
         target = Target(self.origin, f"/v1/{self.space.space_id.hex()}/have/{whole_proof(self.space.table)}")
         with trio.move_on_after(_SILENT_S) as scope:
@@ -101,8 +113,7 @@ class Neighbour:
                     frames = reader.frames
                     fresh = reader.feed(buffer[:got])
                     whole_at = trio.current_time() if reader.frames > frames else whole_at
-                    self.view.pending = reader.pending
-                    came(self, fresh)
+                    came(self, fresh, reader.pending)
                     if self.space.complete:
                         return
                     due = max(due, trio.current_time() - 4.0) + got / _HAVE_BYTES_PER_S
@@ -110,41 +121,67 @@ class Neighbour:
             finally:
                 self.view.listening = False
                 self.view.pending = set()
+                for follow in self.follows:
+                    follow.cancel()
         finally:
             response.close()
+
+    async def follow(self, run: Run, pool: HttpPool, headers: dict[str, str], keeper: Keeper, landed: Landed) -> None:
+        """Get a run of chunks that the neighbour is getting itself, each when it is there. Raises as `fetch` does."""
+        with trio.CancelScope() as scope:
+            self.follows.add(scope)
+            try:
+                await self.fetch(run, pool, {**headers, "Rafs-Follow": "1"}, keeper, landed, follow=True)
+            finally:
+                self.follows.discard(scope)
+        if scope.cancelled_caught:
+            raise UnavailableError(f"{self.origin} has become silent")
 
     async def fetch(
         self,
         run: Run,
         pool: HttpPool,
         headers: dict[str, str],
-        buffers: BufferPool,
-        store: Callable[[int, memoryview], None],
-        landed: Callable[[int], None],
+        keeper: Keeper,
+        landed: Landed,
+        *,
+        follow: bool = False,
     ) -> None:
-        """Get a run of chunks, each stored and announced as soon as it is here and right.
+        """Get a run of chunks, each stored and announced as soon as it is here and right. `follow`: they need not be there yet.
 
-        Raises IntegrityError for a chunk that is not what it should be, BusyError, AbsentError, UnavailableError, RemoteError.
+        Raises IntegrityError for a chunk that is not what it should be, CacheError, BusyError, AbsentError, UnavailableError, RemoteError.
         """
         table = self.space.table
-        self.view.standing.under_way += run.size
-        left = run.size
+        left = 0 if follow else run.size  # what comes as slowly as from the registry says nothing of this neighbour
+        self.view.standing.under_way += left
+        order = Order(self.space.store, landed)
+        failure: RafsError | None = None
         try:
             async with self._request(run, pool, headers) as (response, count):
                 position = table.extent(run.first)[0]
-                async with trio.open_nursery() as nursery:
-                    for chunk in range(run.first, run.first + count):
-                        offset, length = table.extent(chunk)
-                        held, view = buffers.take(length)
-                        started = trio.current_time()
-                        await self._within(response, offset - position, view)
+                for chunk in range(run.first, run.first + count):
+                    offset, length = table.extent(chunk)
+                    held, view = keeper.buffers.take(length)
+                    started = trio.current_time()
+                    await self._within(response, offset - position, view, _FOLLOW_S if follow else STALL_S)
+                    position = offset + length
+                    if follow:
+                        self.view.standing.bytes_got += length
+                    else:
                         self.view.standing.note(length, trio.current_time() - started)
-                        position = offset + length
                         self.view.standing.under_way -= length
                         left -= length
-                        nursery.start_soon(_keep, chunk, held, view, buffers, store, landed)
+                    keeper.put(order, chunk, held, view)
+                    if order.error is not None:
+                        break
+        except RafsError as error:
+            failure = error
         finally:
             self.view.standing.under_way -= left
+        await order.wait()  # what has come counts, also when the rest did not
+        failure = order.error or failure
+        if failure is not None:
+            raise failure
 
     @asynccontextmanager
     async def _request(self, run: Run, pool: HttpPool, headers: dict[str, str]) -> AsyncIterator[tuple[Response, int]]:
@@ -169,11 +206,11 @@ class Neighbour:
         finally:
             response.close()
 
-    async def _within(self, response: Response, gap: int, view: memoryview) -> None:
+    async def _within(self, response: Response, gap: int, view: memoryview, least_s: float) -> None:
         """Read over the zeros before a chunk, and the chunk, in bounded time."""
         standing, length = self.view.standing, gap + len(view)
         patience = _FACTOR * (standing.under_way + length) / max(standing.rate, 1.0)
-        limit = max(STALL_S, min(patience, MOST_STALL_S * max(1.0, length / (1 << 20))))
+        limit = max(least_s, min(patience, MOST_STALL_S * max(1.0, length / (1 << 20))))
         with trio.move_on_after(limit) as scope:
             while gap > 0:
                 step = min(gap, 64 << 10)
@@ -182,19 +219,3 @@ class Neighbour:
             await response.readinto(view)
         if scope.cancelled_caught:
             raise UnavailableError(f"{self.origin} sent no whole chunk within {limit:.1f} s")
-
-
-async def _keep(
-    chunk: int,
-    held: bytearray,
-    view: memoryview,
-    buffers: BufferPool,
-    store: Callable[[int, memoryview], None],
-    landed: Callable[[int], None],
-) -> None:
-    try:
-        await trio.to_thread.run_sync(store, chunk, view)
-    except FormatError as error:
-        raise IntegrityError(str(error)) from error
-    buffers.give(held)
-    landed(chunk)

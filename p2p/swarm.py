@@ -4,10 +4,10 @@ Implements `rafsfs.interfaces.Swarm`, which the fetch pipeline asks. Decided her
 long a neighbour that does not answer is tried. docs/protocol/swarm.md.
 
 Concurrency: one trio run, all state changes between checkpoints, no locks. Tasks in the nursery of `run`: the upload server, one per
-scheduler, one per neighbour and task that listens to its have-map, the tick. `obtain` runs in tasks of the fetcher and does what the steps
-of an errand say. What the core decides is performed at once, in `_perform`, which has no checkpoint. A chunk that waits for a neighbour is
-given back through `requeue`, when it is at a neighbour or its time has come; the tick sees to the latter, so nothing waits for ever.
-Cancelled, `obtain` leaves leases as they are: the tick lets those without progress run out.
+scheduler, one per neighbour and task that listens to its have-map, one per group that is followed, the keepers, the tick. `obtain` runs in
+tasks of the fetcher and does what the steps of an errand say. What the core decides is performed at once, in `_perform`, which has no
+checkpoint. A chunk that waits for a neighbour is given back through `requeue`, when it is at a neighbour or its time has come; the tick
+sees to the latter, so nothing waits for ever. Cancelled, `obtain` leaves leases as they are: the tick lets those without progress run out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import trio
 
-from rafsfs.errors import CacheError, FormatError, IntegrityError, RemoteError, UnavailableError, UsageError
+from rafsfs.errors import CacheError, FormatError, IntegrityError, RafsError, RemoteError, UnavailableError, UsageError
 from rafsfs.fetch.buffers import BufferPool
 from rafsfs.interfaces import Obtained
 from rafsfs.metrics import Values
@@ -35,11 +35,12 @@ from rafsfs.store.cache import Cache
 from rafsfs.store.data_space import DataSpace
 
 from .content import SpaceContent
-from .core.effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
+from .core.effects import Effects, FillGroup, Follow, Listen, Requeue, Send, ShowPending
 from .core.errand import Inquire, Outcome, Reply, Take
 from .core.peer import PeerCore
 from .core.task import PeerTask
 from .decision_log import log_effect, log_rulings, log_step
+from .keeping import KEEPERS, Keeper
 from .link import Link, Links, parse_addresses
 from .neighbour import AbsentError, BusyError, Neighbour
 from .pace import UploadPace
@@ -107,7 +108,7 @@ class SwarmPeer:
         self._pool = HttpPool(
             ssl_context=context, timeout_s=10.0, connections=64, use_proxies=False, user_agent="rafs-peer"
         )
-        self._buffers = BufferPool(_BUFFERS)
+        self._keeper = Keeper(BufferPool(_BUFFERS))
         self._uploads = Uploads(cache.opened_space, self._pending, settings.token)
         self._changed = trio.Event()
         """Set, and replaced, when something may have become worth prefetching."""
@@ -118,6 +119,8 @@ class SwarmPeer:
         """Called with a chunk that has waited long enough, or is at a neighbour now. No checkpoint."""
         self.fill_group: Callable[[bytes, list[int]], None] = lambda space_id, chunks: None
         """Called with chunks that are ours to fetch, whether somebody here reads them or not. No checkpoint."""
+        self.arrived: Callable[[bytes, int, str, CacheError | None], None] = lambda space_id, chunk, giver, error: None
+        """Called with a chunk that has waited and is here, from the peer at this address, or that could not be kept. No checkpoint."""
         self.fill_image: Callable[[str, Callable[[int, int, str], None]], None] = lambda image, report: None
         """Called with an image that is to be fetched whole. No checkpoint."""
 
@@ -128,6 +131,8 @@ class SwarmPeer:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._tick)
+            for _ in range(KEEPERS):
+                nursery.start_soon(self._keeper.run)
             if self._settings.scheduler:
                 await self.use(self._settings.scheduler)
             task_status.started()
@@ -231,7 +236,8 @@ class SwarmPeer:
         """A chunk has come, from wherever: tell neighbours, and the scheduler when a group is complete. No checkpoint."""
         task = self.core.tasks.get(space_id)
         if task is not None:
-            self._uploads.landed(space_id, chunk, prompt=task.content.group(chunk) in task.leases)
+            group = task.content.group(chunk)
+            self._uploads.landed(space_id, chunk, group, prompt=group in task.leases)
             self._perform(self.core.landed(space_id, chunk, trio.current_time()))
             self._wake_plans()
 
@@ -303,6 +309,7 @@ class SwarmPeer:
                 for peer in self.core.standings.values()
             },
             "uploaded_bytes": self._uploads.counters["bytes"],
+            "uploads": dict(self._uploads.counters),
             "counters": dict(self.core.counters),
             "tasks": {
                 task.task.hex(): {"neighbours": len(task.neighbours), "leases": sorted(task.leases)}
@@ -338,16 +345,11 @@ class SwarmPeer:
                 run,
                 self._pool,
                 self._headers,
-                self._buffers,
-                neighbour.space.store,
+                self._keeper,
                 lambda chunk: landed(chunk, neighbour.origin.netloc),
             )
         except* IntegrityError as group:
-            _log.warning(
-                "peer gave a wrong chunk and is not asked again: peer=%s address=%s space=%s cause=%s",
-                neighbour.id, neighbour.origin.netloc, task.task.hex()[:16], group.exceptions[0],
-            )  # fmt: skip
-            self._perform(core.was_corrupt(task, neighbour.view))
+            self._note_corrupt(task, neighbour, group.exceptions[0])
         except* BusyError:
             _log.debug("peer is busy: peer=%s", neighbour.id)
             core.was_busy(neighbour.view, now())
@@ -356,6 +358,45 @@ class SwarmPeer:
         except* (UnavailableError, RemoteError) as group:
             _log.debug("peer did not deliver: peer=%s cause=%s", neighbour.id, group.exceptions[0])
             self._perform(core.was_stalled(task, neighbour.view, now()))
+
+    async def _follow(self, task: PeerTask, run: Run) -> None:
+        """Get chunks from a neighbour as it gets them. Whatever happens, they are not left followed."""
+        neighbour = self._neighbours.get((task.task, run.peer))
+        refused = True
+        if neighbour is not None:
+            address = neighbour.origin.netloc
+
+            def landed(chunk: int) -> None:
+                self.arrived(task.task, chunk, address, None)
+
+            try:
+                await neighbour.follow(run, self._pool, self._headers, self._keeper, landed)
+                refused = False
+            except* IntegrityError as group:
+                self._note_corrupt(task, neighbour, group.exceptions[0])
+                refused = False
+            except* (BusyError, AbsentError) as group:
+                _log.debug("peer does not pass on: peer=%s cause=%s", neighbour.id, group.exceptions[0])
+            except* (UnavailableError, RemoteError) as group:
+                _log.debug("peer passes on no more: peer=%s cause=%s", neighbour.id, group.exceptions[0])
+                refused = False
+            except* CacheError as group:
+                cause = group.exceptions[0]
+                assert isinstance(cause, CacheError)
+                for chunk in task.content.missing(range(run.first, run.first + run.count)):
+                    self.arrived(task.task, chunk, address, cause)
+            except* RafsError as group:
+                _log.warning(
+                    "what a peer passed on could not be kept: peer=%s cause=%s", neighbour.id, group.exceptions[0]
+                )
+        self._perform(self.core.follow_ended(task.task, run, trio.current_time(), refused=refused))
+
+    def _note_corrupt(self, task: PeerTask, neighbour: Neighbour, cause: BaseException) -> None:
+        _log.warning(
+            "peer gave a wrong chunk and is not asked again: peer=%s address=%s space=%s cause=%s",
+            neighbour.id, neighbour.origin.netloc, task.task.hex()[:16], cause,
+        )  # fmt: skip
+        self._perform(self.core.was_corrupt(task, neighbour.view))
 
     def _pending(self, space_id: bytes) -> list[int]:
         task = self.core.tasks.get(space_id)
@@ -376,7 +417,9 @@ class SwarmPeer:
             nonlocal attempt
             attempt = 0
 
-        def came(_: Neighbour, fresh: list[int]) -> None:
+        def came(_: Neighbour, fresh: list[int], fetching: set[int]) -> None:
+            if fetching is not view.pending:
+                self.core.is_fetching(view, fetching)
             self._perform(self.core.heard(task, fresh))
             self._wake_plans()
 
@@ -440,7 +483,7 @@ class SwarmPeer:
     def _perform(self, effects: Effects, link: Link | None = None) -> None:
         """Do what was decided, in order; messages go to `link`, or to who looks after their task. No checkpoint."""
         for effect in effects:
-            if isinstance(effect, Send | Listen):
+            if isinstance(effect, Send | Listen | Follow):
                 log_effect(effect)
             if isinstance(effect, Send):
                 links = self._links
@@ -452,6 +495,10 @@ class SwarmPeer:
                 self.fill_group(effect.task, effect.chunks)
             elif isinstance(effect, ShowPending):
                 self._uploads.set_pending(effect.task, effect.groups)
+            elif isinstance(effect, Follow):
+                task = self.core.tasks.get(effect.task)
+                if task is not None and self._nursery is not None:
+                    self._nursery.start_soon(self._follow, task, effect.run)
             elif self._nursery is not None:
                 self._start_listening(effect, self._nursery)
 

@@ -7,26 +7,35 @@ checkpoint. A descriptor is duplicated for each answer, so that a data space may
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import re
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import contextmanager
 from typing import Final
 
+import trio
+
 from rafsfs.errors import CacheError
-from rafsfs.net.http_server import Answer, FileRange, Request
+from rafsfs.net.http_server import Answer, FileParts, FileRange, Request
 from rafsfs.store.data_space import DataSpace
 
 from .entitlement import proof, whole_proof
 from .have import Subscriber, all_frame, pending_frame
-from .protocol.groups import pack_bits
+from .protocol.groups import group_of, pack_bits
 
 SLOTS: Final = 16
 """Answers with chunks at once: more divide a link into pieces so small that no chunk is whole for long."""
 SMALL_SLOTS: Final = 4
 """Of these, kept for requests of up to SMALL chunks: readers that wait."""
 SMALL: Final = 2
+FOLLOWERS: Final = 16
+"""Who follows what is being fetched here, divided by the groups that are: more would get it no sooner than from each other."""
+FEWEST_FOLLOWERS: Final = 2
+"""Of one group, however many there are."""
+_GRACE_S: Final = 0.5
+"""How long somebody may follow a group that is not being fetched here: the scheduler may have told him before us."""
 KEEP_ALIVE_S: Final = 2.0
 _CHUNKS: Final = re.compile(r"\A/v1/([0-9a-f]{64})/([0-9]{1,9})-([0-9]{1,9})/([0-9a-f]{32})\Z")
 _HAVE: Final = re.compile(r"\A/v1/([0-9a-f]{64})/have/([0-9a-f]{32})\Z")
@@ -46,6 +55,8 @@ class Uploads:
         self._token = token
         self._busy = 0
         self._subscribers: dict[bytes, set[Subscriber]] = {}
+        self._followers: defaultdict[tuple[bytes, int], list[trio.Event]] = defaultdict(list)
+        """Of task and group: each is set when there may be more to send."""
         self.counters: Counter[str] = Counter()
 
     async def handle(self, request: Request) -> Answer:
@@ -56,7 +67,8 @@ class Uploads:
             return Answer(401, b"a token is needed\n")
         match = _CHUNKS.match(request.path)
         if match:
-            return self._chunks(bytes.fromhex(match[1]), int(match[2]), int(match[3]), match[4])
+            follow = request.headers.get("rafs-follow") == "1"
+            return self._chunks(bytes.fromhex(match[1]), int(match[2]), int(match[3]), match[4], follow=follow)
         match = _HAVE.match(request.path)
         if match:
             return self._have(bytes.fromhex(match[1]), match[2])
@@ -67,9 +79,16 @@ class Uploads:
         """Slots in use."""
         return self._busy
 
-    def landed(self, space_id: bytes, chunk: int, *, prompt: bool) -> None:
-        """Tell all who listen that a chunk has come, `prompt` if they cannot have it elsewhere. No checkpoint."""
-        for subscriber in self._subscribers.get(space_id, ()):
+    def landed(self, space_id: bytes, chunk: int, group: int, *, prompt: bool) -> None:
+        """Send a chunk that has come to who follows its group, and tell all who listen: `prompt` if they cannot have it elsewhere, unless
+        all get it anyway. No checkpoint.
+        """
+        followers = self._followers.get((space_id, group), ())
+        for event in followers:
+            event.set()
+        listeners = self._subscribers.get(space_id, ())
+        prompt = prompt and len(followers) < len(listeners)
+        for subscriber in listeners:
             subscriber.add(chunk, prompt=prompt)
 
     def drop(self, space_id: bytes) -> None:
@@ -81,14 +100,20 @@ class Uploads:
         """Tell all who listen what is being fetched. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.set_pending(groups)
+        for (task, group), followers in self._followers.items():
+            if task == space_id and group not in groups:
+                for event in followers:
+                    event.set()
 
-    def _chunks(self, space_id: bytes, first: int, last: int, shown: str) -> Answer:
+    def _chunks(self, space_id: bytes, first: int, last: int, shown: str, *, follow: bool) -> Answer:
         space = self._find_space(space_id)
         if space is None or not _proves(space, first, last, shown):
             return Answer(404, b"no such thing here\n")
         count = 0
         while first + count <= last and space.is_present(first + count):
             count += 1
+        if follow and first + count <= last:
+            return self._pass_on(space, first, last)
         if not count:
             return Answer(409, b"the chunk is not here\n")
         small = last - first < SMALL
@@ -111,6 +136,61 @@ class Uploads:
             os.close(fd)
 
         return Answer(200, FileRange(fd, offset, end - offset, released), {"Rafs-Chunks": str(count)})
+
+    def _pass_on(self, space: DataSpace, first: int, last: int) -> Answer:
+        """Answer with chunks that are here and others that are to come."""
+        pending = self._pending(space.space_id)
+        group = group_of(space.table.extent(first)[0])
+        key = (space.space_id, group)
+        if group_of(space.table.extent(last)[0]) != group:
+            return Answer(409, b"more than a group cannot be followed\n")
+        if len(self._followers.get(key, ())) >= max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(pending))):
+            return Answer(409, b"enough follow already\n")
+        start, end = space.table.extent(first)[0], sum(space.table.extent(last))
+        try:
+            fd = space.duplicate()
+        except CacheError:  # evicted just now
+            return Answer(404, b"no such thing here\n")
+        space.touch()
+        self.counters["followed"] += 1
+        event = trio.Event()
+        self._followers[key].append(event)
+        slot = [event]
+
+        def released() -> None:
+            self._followers[key].remove(slot[0])
+            if not self._followers[key]:
+                del self._followers[key]
+            os.close(fd)
+
+        parts = self._as_they_come(space, first, last, key, slot)
+        return Answer(200, FileParts(fd, end - start, parts, released), {"Rafs-Chunks": str(last - first + 1)})
+
+    async def _as_they_come(
+        self, space: DataSpace, first: int, last: int, key: tuple[bytes, int], slot: list[trio.Event]
+    ) -> AsyncGenerator[tuple[int, int]]:
+        """Yield ranges of the chunks as they come; end early when they do not come any more. `slot` holds the event that tells of more."""
+        position = space.table.extent(first)[0]
+        grace = trio.current_time() + _GRACE_S
+        while first <= last:
+            count = 0
+            while first + count <= last and space.is_present(first + count):
+                count += 1
+            if count:
+                end = sum(space.table.extent(first + count - 1))
+                self.counters["bytes"] += end - position
+                yield position, end - position
+                position = end
+                first += count
+                continue
+            if key[1] not in self._pending(key[0]) and trio.current_time() >= grace:
+                return
+            with trio.move_on_at(math.inf if key[1] in self._pending(key[0]) else grace):
+                await slot[0].wait()
+            following = trio.Event()
+            followers = self._followers[key]
+            followers[followers.index(slot[0])] = following
+            slot[0] = following
 
     def _have(self, space_id: bytes, shown: str) -> Answer:
         space = self._find_space(space_id)

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .errors import CacheError
 from .metrics import Values
 from .types import Descriptor, Digest
 
@@ -185,6 +186,8 @@ class Swarm(Protocol):
     """Called with (space id, chunk) when a chunk that was waiting is to be asked for again."""
     fill_group: Callable[[bytes, list[int]], None]
     """Called with chunks that are this node's to fetch, whether anybody here reads them or not."""
+    arrived: Callable[[bytes, int, str, CacheError | None], None]
+    """Called with (space id, chunk, address of the giver, error) when a chunk that was waiting is present, or could not be kept."""
     fill_image: Callable[[str, Callable[[int, int, str], None]], None]
     """Called with (image, report) of an image that this node is to fetch whole; report(done, total, error)."""
 

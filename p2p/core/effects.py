@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..protocol.messages import FromPeer
+from ..selection import Run
 from .task import NeighbourView
 
 
@@ -48,5 +49,13 @@ class Listen:
     neighbour: NeighbourView
 
 
-Effect = Send | Requeue | FillGroup | ShowPending | Listen
+@dataclass(frozen=True, slots=True)
+class Follow:
+    """Take chunks from a neighbour that is getting them, as they come; then say how it ended (`PeerCore.follow_ended`)."""
+
+    task: bytes
+    run: Run
+
+
+Effect = Send | Requeue | FillGroup | ShowPending | Listen | Follow
 Effects = list[Effect]

@@ -1,8 +1,9 @@
 """One request of the fetch pipeline to the swarm: which chunks are taken from whom, what is asked of the scheduler, what waits how long,
 what is ours to fetch from the registry. Pure: a generator that says the next step and is told the time, and the rulings, when it is done.
 
-Rules. What a neighbour has is taken from neighbours; a chunk that one of them is fetching, or that only resting neighbours have, is waited
-for, once, without asking; the scheduler rules on the rest. Nothing waits without an end: each chunk that waits has a time in
+Rules. What a neighbour has is taken from neighbours; a group that one of them is fetching is followed: one request, answered chunk by chunk
+as they come, beside which the errand ends. If the neighbour does not do that, or only resting neighbours have a chunk, it is waited for,
+once, without asking; the scheduler rules on the rest. Nothing waits without an end: each chunk that waits has a time in
 `PeerTask.waiting`, at which `PeerCore.tick` gives it back.
 """
 
@@ -16,8 +17,8 @@ from typing import Final
 
 from ..protocol.messages import Contact, Ruling, Verdict
 from ..selection import Run, assign
-from .effects import Effects
-from .task import PeerTask
+from .effects import Effects, Follow
+from .task import NeighbourView, PeerTask
 
 WAIT_S: Final = 2.0
 """How long to wait for what somebody else fetches before asking again."""
@@ -25,9 +26,11 @@ LATER_S: Final = 0.25
 """How long to wait when enough leases are out."""
 MOST_AFTER_S: Final = 30.0
 """A scheduler cannot make a chunk wait longer than this."""
+FOLLOW_S: Final = 20.0
+"""A chunk that is followed is given back after so long, whatever became of the request: more than the life of a lease without progress."""
 PATIENT: Final = 4
-"""While so many chunks of a task wait, nobody asks about more of them for a prefetch that has not waited before: in a crowd, what all lack
-is on its way to all."""
+"""While so many groups of a task wait for nobody in particular, nobody asks about more of them for a prefetch that has not waited before:
+in a crowd, what all lack is on its way to all."""
 BRIEF_S: Final = 0.2
 """A holder that rests for less than this is waited for without asking the scheduler, and however long it rests if the scheduler has been
 asked within WAIT_S."""
@@ -97,6 +100,8 @@ class Errand:
         self._meet = meet
         self._ours: list[int] = []
         self._until: dict[int, float] = {}
+        self._follow: dict[tuple[str, int], list[int]] = {}
+        """Of parent and group, chunks to be followed."""
 
     def steps(self, now: float) -> Steps:
         """Say step after step; return the outcome."""
@@ -120,11 +125,33 @@ class Errand:
         waiting = content.missing(self._until)
         for chunk in waiting:
             task.waiting[chunk] = self._until[chunk]
+        follows = self._follows()
+        if follows:
+            yield Perform(follows)
         return Outcome(content.missing(self._ours), waiting)
 
     def _missing(self) -> list[int]:
         missing = self._task.content.missing(self._chunks)
         return [chunk for chunk in missing if chunk not in self._ours] if self._ours else missing
+
+    def _follows(self) -> Effects:
+        task, content = self._task, self._task.content
+        found: Effects = []
+        for (peer, _), chunks in self._follow.items():
+            left = content.missing(chunks)
+            task.followed.update(left)
+            while left:
+                count = 1
+                while count < len(left) and left[count] == left[0] + count:
+                    count += 1
+                run = Run(peer, left[0], count, sum(map(content.length, left[:count])))
+                found.append(Follow(task.task, run))
+                del left[:count]
+        return found
+
+    def _plan_to_follow(self, chunk: int, parent: NeighbourView, group: int, now: float) -> None:
+        self._follow.setdefault((parent.id, group), []).append(chunk)
+        self._until[chunk] = now + FOLLOW_S
 
     def _rule(self, missing: list[int], now: float) -> Generator[Inquire | Perform, Reply, float]:
         """Divide what no neighbour gave into what is ours and until when to wait for the rest; return the time."""
@@ -152,6 +179,7 @@ class Errand:
         """Decide what needs no scheduler; return the rest, by group."""
         task = self._task
         self._until = {}
+        self._follow = {}
         unknown: dict[int, list[int]] = {}
         for chunk in missing:
             group = task.content.group(chunk)
@@ -163,13 +191,22 @@ class Errand:
                 self._until[chunk] = min(holder.rests_until, now + MOST_AFTER_S)
             elif again is not None and (again - now < BRIEF_S or now - task.asked.get(chunk, _NEVER)[1] < WAIT_S):
                 self._until[chunk] = min(again, now + WAIT_S)
+            elif (parent := task.parent_of(group, now)) is not None:
+                self._plan_to_follow(chunk, parent, group, now)
             elif chunk not in task.waiting and task.is_pending(group, now):
                 self._until[chunk] = now + WAIT_S
-            elif not self._urgent and chunk not in task.waiting and len(task.waiting) >= PATIENT:
+            elif not self._urgent and chunk not in task.waiting and self._is_crowd():
                 self._until[chunk] = now + WAIT_S * (0.5 + self._rng.random())
             else:
                 unknown.setdefault(group, []).append(chunk)
         return unknown
+
+    def _is_crowd(self) -> bool:
+        """Tell whether so much waits already that nobody needs to be asked about more."""
+        task = self._task
+        if len(task.waiting) - len(task.followed) < PATIENT:
+            return False
+        return len({task.content.group(chunk) for chunk in task.waiting if chunk not in task.followed}) >= PATIENT
 
     def _apply(self, rulings: list[Ruling], unknown: dict[int, list[int]], now: float) -> Effects:
         task = self._task
@@ -184,6 +221,11 @@ class Errand:
                 continue
             if ruling.peer is not None:
                 effects += self._meet(task, ruling.peer)
+            parent = task.neighbours.get(ruling.peer.id) if ruling.peer is not None else None
+            if ruling.verdict is Verdict.WAIT and parent is not None and ruling.group not in parent.unfollowed:
+                for chunk in chunks:
+                    self._plan_to_follow(chunk, parent, ruling.group, now)
+                continue
             usual = LATER_S if ruling.verdict is Verdict.LATER else WAIT_S
             after = min(MOST_AFTER_S, ruling.after_s) if ruling.after_s > 0 else usual
             if ruling.peer is None:

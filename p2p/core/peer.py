@@ -30,8 +30,9 @@ from ..protocol.messages import (
     Ruling,
     Verdict,
 )
+from ..selection import Run
 from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
-from .errand import Errand
+from .errand import WAIT_S, Errand
 from .prefetch import Prefetch
 from .task import Content, NeighbourView, PeerTask, Standing
 
@@ -124,6 +125,7 @@ class PeerCore:
         if task is None:
             return []
         task.waiting.pop(chunk, None)
+        task.followed.discard(chunk)
         task.asked.pop(chunk, None)
         for plan in task.plans:
             plan.landed(chunk)
@@ -190,15 +192,43 @@ class PeerCore:
         effects: Effects = []
         waiting = task.waiting
         for chunk in fresh:
-            if chunk in waiting:
+            if chunk in waiting and chunk not in task.followed:
                 del waiting[chunk]
                 effects.append(Requeue(task.task, chunk))
         return effects
 
+    def follow_ended(self, task_id: bytes, run: Run, now: float, *, refused: bool) -> Effects:
+        """A neighbour sends no more of a group. What it did not send is waited for if it `refused` to pass it on, else got otherwise."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            return []
+        chunks = range(run.first, run.first + run.count)
+        task.followed.difference_update(chunks)
+        left = task.content.missing(chunks)
+        view = task.neighbours.get(run.peer)
+        if left and view is not None:
+            view.unfollowed.add(task.content.group(left[0]))
+        effects: Effects = []
+        for chunk in left:
+            if chunk not in task.waiting:
+                continue
+            if refused and task.rest_of_holders(chunk) is None:
+                task.waiting[chunk] = now + WAIT_S * (0.5 + self.rng.random())
+            else:
+                del task.waiting[chunk]
+                effects.append(Requeue(task.task, chunk))
+        return effects
+
+    def is_fetching(self, view: NeighbourView, groups: set[int]) -> None:
+        """A neighbour has said which groups it is fetching from the registry."""
+        view.pending = groups
+        view.unfollowed &= groups
+
     def silent(self, task: PeerTask) -> None:
         """Somebody is gone: what waits asks again at the next tick."""
         for chunk in task.waiting:
-            task.waiting[chunk] = 0.0
+            if chunk not in task.followed:  # who is followed says by itself when it ends
+                task.waiting[chunk] = 0.0
 
     def was_corrupt(self, task: PeerTask, view: NeighbourView) -> Effects:
         """A neighbour sent a wrong chunk: it is asked for nothing any more."""
@@ -315,6 +345,7 @@ class PeerCore:
         for task in self.tasks.values():
             for chunk in [chunk for chunk, until in task.waiting.items() if until <= now]:
                 task.waiting[chunk] = now + _ASKED_BEFORE_S
+                task.followed.discard(chunk)
                 effects.append(Requeue(task.task, chunk))
             if tell:
                 effects += self._tell_news(task)

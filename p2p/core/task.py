@@ -87,6 +87,8 @@ class NeighbourView:
     """One byte per chunk: 1 is there."""
     pending: set[int] = field(default_factory=set)
     """Groups that it is fetching from the registry."""
+    unfollowed: set[int] = field(default_factory=set)
+    """Of these, those that it did not pass on as they came: not asked for so again."""
     listening: bool = False
     """Whether its have-map is followed; otherwise it may be gone."""
 
@@ -108,6 +110,8 @@ class PeerTask:
     """Of groups that are ours to fetch, when a chunk of them landed last."""
     waiting: dict[int, float] = field(default_factory=dict)
     """Of chunks that wait for a neighbour, until when."""
+    followed: set[int] = field(default_factory=set)
+    """Of these, those that a neighbour sends as it gets them itself."""
     joined: str = ""
     """Address of the scheduler that knows of us."""
     finished: set[int] = field(default_factory=set)
@@ -166,6 +170,15 @@ class PeerTask:
             if s.rests_until <= now and not s.banned:
                 offers[s.contact.id] = Offer(have, s.under_way, s.rate)
         return offers
+
+    def parent_of(self, group: int, now: float) -> NeighbourView | None:
+        """Return the neighbour that passes on a group as it gets it, None if nobody near does."""
+        for n in self.neighbours.values():
+            if group in n.pending and n.listening and group not in n.unfollowed:
+                s = n.standing
+                if s.rests_until <= now and not s.banned:
+                    return n
+        return None
 
     def rest_of_holders(self, chunk: int) -> float | None:
         """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""

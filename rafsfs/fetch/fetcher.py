@@ -75,6 +75,7 @@ class Fetcher:
         if swarm is not None:
             swarm.requeue = self._requeue
             swarm.fill_group = self._fill_group
+            swarm.arrived = self._arrived
         self._sources: list[Source] = []
         self._queue = FlightQueue()
         self._threads = trio.CapacityLimiter(settings.threads)
@@ -342,6 +343,17 @@ class Fetcher:
         flight = self._queue.find(space, chunk) if space is not None else None
         if flight is not None and flight.is_aside:
             self._queue.unpark(flight)
+
+    def _arrived(self, space_id: bytes, chunk: int, giver: str, error: CacheError | None) -> None:
+        """End a flight that waited for another node: the chunk is here, or could not be kept. No checkpoint."""
+        space = self._cache.opened_space(space_id)
+        flight = self._queue.find(space, chunk) if space is not None else None
+        if flight is not None:
+            flight.origin = "peer"
+            flight.giver = giver
+            self._land(flight, error)
+        elif error is None and self._swarm is not None:  # nobody wants it any more; others may
+            self._swarm.landed(space_id, chunk)
 
     def _fill_group(self, space_id: bytes, chunks: list[int]) -> None:
         """Fetch chunks that other nodes wait for, behind what is read here. No checkpoint."""

@@ -61,7 +61,19 @@ class FileRange:
     released: Callable[[], None] = lambda: None
 
 
-Body = bytes | FileRange | AsyncIterator[bytes]
+@dataclass(frozen=True, slots=True)
+class FileParts:
+    """Bytes of an open file that are sent as they come to be there: `parts` gives (offset, length) of what can be sent, `length` bytes in
+    all; if it ends before, the connection is cut. The descriptor must stay open until `released` is called.
+    """
+
+    fd: int
+    length: int
+    parts: AsyncGenerator[tuple[int, int]]
+    released: Callable[[], None] = lambda: None
+
+
+Body = bytes | FileRange | FileParts | AsyncIterator[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +244,11 @@ class _Connection:
         headers = [(name.encode(), value.encode()) for name, value in answer.headers.items()]
         try:
             length = (
-                len(body) if isinstance(body, bytes) else body.length if isinstance(body, FileRange) else answer.length
+                len(body)
+                if isinstance(body, bytes)
+                else body.length
+                if isinstance(body, FileRange | FileParts)
+                else answer.length
             )
             if self._is_head:
                 length = answer.length if answer.length is not None else length
@@ -247,13 +263,25 @@ class _Connection:
             elif isinstance(body, FileRange):
                 # h11 counts the bytes; they go past it.
                 self._h11.send_with_data_passthrough(h11.Data(data=_Length(body.length)))  # type: ignore[arg-type]
-                await self._send_file(body)
+                await self._send_file(body.fd, body.offset, body.length)
+            elif isinstance(body, FileParts):
+                self._h11.send_with_data_passthrough(h11.Data(data=_Length(body.length)))  # type: ignore[arg-type]
+                left = body.length
+                async for offset, length in body.parts:
+                    await self._send_file(body.fd, offset, length)
+                    left -= length
+                if left:
+                    raise OSError("what was promised did not come")
             else:
                 async for part in body:
                     await self._write(self._h11.send(h11.Data(data=part)) or b"")
             await self._write(self._h11.send(h11.EndOfMessage()) or b"")
         finally:
             if isinstance(given, FileRange):
+                given.released()
+            elif isinstance(given, FileParts):
+                with trio.CancelScope(shield=True):
+                    await given.parts.aclose()
                 given.released()
             elif isinstance(given, AsyncGenerator):
                 # Not left to the garbage collector: what it holds (a subscriber of news) would go on growing.
@@ -265,32 +293,35 @@ class _Connection:
             with trio.fail_after(_SEND_S):
                 await self._wire.send_all(data)
 
-    async def _send_file(self, part: FileRange) -> None:
-        offset, left = part.offset, part.length
+    async def _send_file(self, fd: int, offset: int, left: int) -> None:
         sock = self._stream.socket
         while left:
             piece = min(left, _PIECE)
             await self._pace(piece)
-            if not is_cached(part.fd, offset, piece):
-                await trio.to_thread.run_sync(_read_ahead, part.fd, offset, piece)
+            if not is_cached(fd, offset, piece):
+                await trio.to_thread.run_sync(_read_ahead, fd, offset, piece)
             if not self._is_plain:
-                data = await trio.to_thread.run_sync(os.pread, part.fd, piece, offset)
+                data = await trio.to_thread.run_sync(os.pread, fd, piece, offset)
                 if not data:
                     raise OSError("the file ends before its range")
                 await self._write(data)
                 offset, left = offset + len(data), left - len(data)
                 continue
             done = 0
-            while done < piece:
-                try:
-                    sent = os.sendfile(sock.fileno(), part.fd, offset + done, piece - done)
-                except BlockingIOError:
-                    with trio.fail_after(_SEND_S):
+            # One scope for the piece, its deadline moved on: a scope for each wait was a third of what sending costs.
+            with trio.CancelScope() as scope:
+                while done < piece:
+                    try:
+                        sent = os.sendfile(sock.fileno(), fd, offset + done, piece - done)
+                    except BlockingIOError:
+                        scope.deadline = trio.current_time() + _SEND_S
                         await trio.lowlevel.wait_writable(sock)
-                    continue
-                if not sent:
-                    raise OSError("the file ends before its range")
-                done += sent
+                        continue
+                    if not sent:
+                        raise OSError("the file ends before its range")
+                    done += sent
+            if scope.cancelled_caught:
+                raise trio.TooSlowError
             offset, left = offset + piece, left - piece
             await trio.lowlevel.checkpoint()
 

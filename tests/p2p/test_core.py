@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p.core.effects import Send
-from p2p.core.errand import WAIT_S, Inquire, Reply, Take
+from p2p.core.effects import Follow, Requeue, Send
+from p2p.core.errand import FOLLOW_S, WAIT_S, Inquire, Perform, Reply, Take
 from p2p.core.peer import FAULTS, PeerCore
 from p2p.core.prefetch import BLIND
 from p2p.core.task import NeighbourView, PeerTask
@@ -117,3 +117,46 @@ def test_who_lied_in_one_task_is_not_waited_for_in_another() -> None:
     effects = peer.meet(other, liar.standing.contact)
     assert [e.message for e in effects if isinstance(e, Send)] == [Report(other.task, liar.id, Complaint.CORRUPT)]
     assert liar.id not in other.neighbours
+
+
+def follow_of(peer: PeerCore, task: PeerTask, chunk: int, now: float = 0.0) -> list[Follow]:
+    """What an errand for a chunk follows; it asks nobody and takes nothing."""
+    steps = peer.errand(task, [chunk], urgent=False).steps(now)
+    follows: list[Follow] = []
+    waiting: list[int] = []
+    try:
+        step = next(steps)
+        while True:
+            assert isinstance(step, Perform), step
+            follows += [effect for effect in step.effects if isinstance(effect, Follow)]
+            step = steps.send(Reply(now))
+    except StopIteration as end:
+        waiting = end.value.waiting
+    assert waiting == [chunk]
+    return follows
+
+
+def test_what_a_neighbour_is_fetching_is_followed_and_news_of_it_change_nothing() -> None:
+    peer, task, (near, other) = core(set(), set())
+    peer.is_fetching(near, {3})
+    assert [(f.run.peer, f.run.first, f.run.count) for f in follow_of(peer, task, 3)] == [(near.id, 3, 1)]
+    other.have[3] = 1
+    assert peer.heard(task, [3]) == [], "it is on its way: it is not asked for twice"
+    peer.silent(task)
+    assert peer.tick(1.0) == []
+    assert peer.tick(FOLLOW_S + 0.1) == [Requeue(TASK, 3)], "but not for ever"
+
+
+def test_what_was_not_passed_on_is_had_otherwise_and_not_followed_there_again() -> None:
+    peer, task, (near, _) = core(set(), set())
+    peer.is_fetching(near, {3, 4})
+    (broken,) = follow_of(peer, task, 3)
+    assert peer.follow_ended(TASK, broken.run, 1.0, refused=False) == [Requeue(TASK, 3)]
+    assert follow_of(peer, task, 3, 1.0) == []
+    (refused,) = follow_of(peer, task, 4, 1.0)
+    assert peer.follow_ended(TASK, refused.run, 1.0, refused=True) == []
+    assert 4 in task.waiting, "its news are waited for"
+    near.have[4] = 1
+    assert peer.heard(task, [4]) == [Requeue(TASK, 4)]
+    peer.is_fetching(near, {5})
+    assert near.unfollowed == set()

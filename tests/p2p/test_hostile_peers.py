@@ -15,6 +15,7 @@ import p2p.neighbour as neighbour_module
 import rafsfs.net.http_server as http_server
 from p2p.core.task import NeighbourView, Standing
 from p2p.have import HaveReader, all_frame, more_frame
+from p2p.keeping import Keeper
 from p2p.neighbour import AbsentError, BusyError, Neighbour
 from p2p.protocol.frames import FrameStream
 from p2p.protocol.messages import Contact, Kind
@@ -56,10 +57,16 @@ async def met(space: DataSpace, lie: Callable[[Request], Awaitable[None]], *, li
             pool = HttpPool(ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), timeout_s=5, use_proxies=False)
             try:
                 if listen:
-                    await neighbour.listen(pool, {}, lambda who, fresh: landed.extend(fresh), lambda: None)
+                    await neighbour.listen(pool, {}, lambda who, fresh, fetching: landed.extend(fresh), lambda: None)
                 else:
                     run = Run("liar", 0, COUNT, COUNT * CHUNK)
-                    await neighbour.fetch(run, pool, {}, BufferPool(4 << 20), space.store, landed.append)
+                    keeper = Keeper(BufferPool(4 << 20))
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(keeper.run)
+                        try:
+                            await neighbour.fetch(run, pool, {}, keeper, landed.append)
+                        finally:
+                            nursery.cancel_scope.cancel()
             except RafsError as error:
                 caught.append(error)
             except BaseExceptionGroup as group:

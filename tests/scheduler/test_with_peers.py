@@ -9,10 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from p2p.core.effects import Effects, FillGroup, Requeue, Send
+from p2p.core.effects import Effects, FillGroup, Follow, Requeue, Send
 from p2p.core.errand import Inquire, Outcome, Reply, Steps, Take
 from p2p.core.peer import PeerCore
 from p2p.protocol.messages import VERSION, Answer, Ask, FromPeer, FromScheduler, Hello, Kind
+from p2p.selection import Run
 from scheduler.engine import LEASE_S, Engine, Out
 from tests.simulation.content import SimContent, right_value
 
@@ -33,6 +34,7 @@ class Peer:
         self.down: deque[FromScheduler] = deque()
         self.asked: dict[int, Steps] = {}
         self.to_fetch: set[int] = set()
+        self.follows: deque[Run] = deque()
         self.seen: set[int] = set()
         self.told: tuple[object, int] = (None, 0)
 
@@ -53,6 +55,8 @@ class Swarm(RuleBasedStateMachine):
                 peer.up.append(effect.message)
             elif isinstance(effect, FillGroup):
                 peer.to_fetch |= set(effect.chunks)
+            elif isinstance(effect, Follow):
+                peer.follows.append(effect.run)
             elif isinstance(effect, Requeue):
                 self.want(peer, effect.chunk)
 
@@ -103,7 +107,7 @@ class Swarm(RuleBasedStateMachine):
                 self.perform(peer, peer.core.part(peer.task, view, unreachable=True))
                 continue
             view.listening = True
-            view.pending = set(other.task.leases)
+            peer.core.is_fetching(view, set(other.task.leases))
             fresh = [chunk for chunk in other.content.held() if not view.have[chunk]]
             for chunk in fresh:
                 view.have[chunk] = 1
@@ -172,6 +176,19 @@ class Swarm(RuleBasedStateMachine):
                 self.perform(peer, peer.core.gave_up(TASK, [chunk], "x"))
 
     @precondition(lambda self: self.peers)
+    @rule(data=st.data(), refused=st.booleans())
+    def follow(self, data: st.DataObject, refused: bool) -> None:
+        peer = self.peers[data.draw(st.sampled_from(sorted(self.peers)))]
+        if peer.follows:
+            self.end_follow(peer, peer.follows.popleft(), refused=refused)
+
+    def end_follow(self, peer: Peer, run: Run, *, refused: bool) -> None:
+        other = self.peers.get(run.peer)
+        if not refused and other is not None and other.content.has(run.first):
+            self.land(peer, run.first)
+        self.perform(peer, peer.core.follow_ended(TASK, run, self.now, refused=refused))
+
+    @precondition(lambda self: self.peers)
     @rule(data=st.data())
     def hear(self, data: st.DataObject) -> None:
         self.listen(self.peers[data.draw(st.sampled_from(sorted(self.peers)))])
@@ -201,6 +218,12 @@ class Swarm(RuleBasedStateMachine):
 
     def is_about_to_lose(self, peer: Peer, group: int) -> bool:
         return any(group in getattr(message, "groups", ()) for message in (*peer.down, *peer.up))
+
+    @invariant()
+    def what_is_followed_waits_and_ends(self) -> None:
+        for peer in self.peers.values():
+            assert peer.task.followed <= set(peer.task.waiting)
+            assert not peer.task.followed & set(peer.content.held())
 
     @invariant()
     def the_engine_counts_right(self) -> None:

@@ -8,10 +8,11 @@ where they are importable. What is decided is decided by p2p/core.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from p2p.core.effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
+from p2p.core.effects import Effects, FillGroup, Follow, Listen, Requeue, Send, ShowPending
 from p2p.core.errand import Inquire, Outcome, Reply, Steps, Take
 from p2p.core.peer import PeerCore
 from p2p.core.prefetch import Prefetch
@@ -20,6 +21,8 @@ from p2p.link import ASK_S
 from p2p.neighbour import STALL_S
 from p2p.protocol.messages import VERSION, Answer, Ask, FromScheduler, Hello, Kind, Ruling
 from p2p.selection import Run
+from p2p.upload import FEWEST_FOLLOWERS, FOLLOWERS
+from scheduler.engine import LEASE_S
 
 from .content import SimContent, right_value
 
@@ -86,6 +89,8 @@ class SimNode:
     uploads: int = 0
     origin_bytes: float = 0.0
     peer_bytes: float = 0.0
+    followers: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    """Of units on their way here, who gets them next."""
     listeners: dict[str, SimNode] = field(default_factory=dict)
     views: dict[str, NeighbourView] = field(default_factory=dict)
     news: list[int] = field(default_factory=list)
@@ -290,6 +295,8 @@ class SimNode:
         if not self.content.store(chunk, value):
             return False
         self.flights.pop(chunk, None)
+        for follower in self.followers.pop(chunk, ()):
+            follower()
         if not self.news:
             self.world.after(GATHER_S, self._tell_neighbours)
         self.news.append(chunk)
@@ -375,6 +382,56 @@ class SimNode:
         world.after(limit, stalled)
         world.after(world.latency(self, other), arrived)
 
+    def _follow(self, run: Run) -> None:
+        """Follow a unit that another node is fetching: it is sent on when it is there whole, since a unit here is as large as a group."""
+        world = self.world
+        other = world.nodes.get(run.peer)
+        latency = world.latency(self, other) if other is not None else 0.0
+
+        def ended(refused: bool) -> None:
+            if self.alive:
+                self.perform(self.core.follow_ended(self.task.task, run, world.now, refused=refused))
+
+        def begin() -> None:
+            assert other is not None
+            if other.alive:
+                world.transfer(other, self, run.size, came)
+            else:
+                world.after(SILENT_S, ended, False)
+
+        def came() -> None:
+            assert other is not None
+            if not self.alive:
+                return
+            if not self.content.has(run.first):
+                if self.land(run.first, right_value(run.first) ^ (1 if other.behaviour.corrupt else 0)):
+                    self.peer_bytes += run.size
+                    world.moved[other.zone, self.zone] = world.moved.get((other.zone, self.zone), 0.0) + run.size
+                else:
+                    world.wrong += 1
+            ended(False)
+
+        def arrived() -> None:
+            if other is None or not other.alive:
+                world.after(SILENT_S, ended, False)
+                return
+            waiting = other.followers.get(run.first, [])
+            enough = max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(other.task.leases)))
+            if other.content.has(run.first):
+                begin()
+            elif run.first not in other.task.leases or other.is_liar or len(waiting) >= enough:
+                world.after(latency, ended, True)
+            else:
+                other.followers.setdefault(run.first, []).append(begin)
+                world.after(LEASE_S, over_late)
+
+        def over_late() -> None:
+            """It has been given up there."""
+            if run.first in self.task.followed:
+                ended(False)
+
+        world.after(latency, arrived)
+
     def _run_over(self, trip: Trip, urgent: bool) -> None:
         trip.open -= 1
         if not trip.open:
@@ -403,7 +460,7 @@ class SimNode:
         if self.alive and not self.content.complete and self.task.neighbours.get(view.id) is view:
             view.listening = True
             self.hear(view, have)
-            view.pending = pending
+            self.core.is_fetching(view, pending)
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
         have = view.have
@@ -438,7 +495,7 @@ class SimNode:
             elif news is not None:
                 node.hear(view, news)
             elif pending is not None:
-                view.pending = pending
+                node.core.is_fetching(view, pending)
 
     def neighbour_is_silent(self, name: str) -> None:
         """Nothing has come from a neighbour for SILENT_S, or its connection is broken."""
@@ -490,6 +547,8 @@ class SimNode:
                     self._fill(chunk)
             elif isinstance(effect, ShowPending):
                 self._to_listeners(None, set(effect.groups))
+            elif isinstance(effect, Follow):
+                self._follow(effect.run)
             elif isinstance(effect, Listen):
                 self._listen(effect.neighbour)
 
