@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs
+.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs bench-io
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 KILLS ?= 200
@@ -23,6 +23,10 @@ check: setup
 
 bench: setup
 	@$(PYTHON) -m benchmarks
+
+# The data path in every mode of mount, against the local disk and against fetching without a mount.
+bench-io: setup
+	@$(PYTHON) -m benchmarks.io
 
 # Nodes in network namespaces; needs root.
 bench-swarm: setup

@@ -1,0 +1,305 @@
+"""The data path, `python -m benchmarks.io` (`make bench-io`). Ratios are ours ÷ the baseline's throughput, but where a row says time.
+
+Each mode of mount that this version has is asked for by name (`rafs mount --mode`), and its rows say so. A round runs ours and the
+baseline in turn; medians of at least five rounds. Baselines: the same bytes on the local disk (ext4 on the machine of results.md),
+read by the same pattern of cli/patterns.py; for cold loads, fetching and decoding the same blobs without a mount (cold_read.py).
+"Cold" drops the pages of the mount's files, of the cache's data files and of the local copy, by posix_fadvise after a sync; the host
+below may have a cache of its own. What 10,000 files cost is asked by metadata.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from cli.patterns import Piece, drop, faults, load_tensors, parallel, sequential, tensor_places
+from tests.support.models import cast_file, published_model
+from tests.support.processes import Node
+
+from .measure import Row, commit, files_below, interleave, machine, median, rate, settle, spread, table, timed
+from .setting import Setting
+
+_MODES = ("auto", "fuse", "erofs", "flat", "kernel")
+_STORM_PROCESSES = 8
+_LAZY_TARGET = {"kernel": 0.9, "erofs": 0.95}
+_BLOCK = 4 << 20
+
+
+def modes_of_this_version() -> list[str]:
+    """Return the modes that `rafs mount --mode` names."""
+    text = subprocess.run(
+        [sys.executable, "-m", "rafsfs", "mount", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    named = text[text.index("--mode") :].partition("]")[0]
+    return [mode for mode in _MODES if mode in named]
+
+
+def pieces_of(directory: Path) -> list[Piece]:
+    """Return the files of weights below a directory, whole."""
+    return [Piece(str(path), path.stat().st_size) for path in files_below(directory) if path.suffix == ".safetensors"]
+
+
+class Present:
+    """A mount whose data are all here, and a copy on the local disk."""
+
+    def __init__(self, setting: Setting, node: Node, mode: str, local: Path) -> None:
+        top = node.mount(setting.weights_ref, f"mnt-{mode}", "--mode", mode)
+        self.ours = pieces_of(top)
+        self.local = pieces_of(local)
+        sequential(self.ours)
+        self.mode = mode
+        self.state = node.mount_status(top)["mode"]
+        self.data = [str(path) for path in node.cache.glob("spaces/*/data")]
+        self.rounds = max(5, setting.rounds)
+        settle()
+
+    def compare(self, name: str, pattern: Callable[[Sequence[Piece]], int], target: float, *, cold: bool) -> Row:
+        """Time a pattern on the mount and on the local copy."""
+        size = 0
+
+        def run(pieces: list[Piece], more: list[str]) -> float:
+            nonlocal size
+            if cold:
+                drop([piece.path for piece in pieces] + more)
+            return timed(lambda: size_of(pattern(pieces)))
+
+        def size_of(count: int) -> None:
+            nonlocal size
+            size = count
+
+        seconds = interleave(
+            {"ours": partial(run, self.ours, self.data), "local": partial(run, self.local, [])}, self.rounds
+        )
+        ours, local = median(seconds["ours"]), median(seconds["local"])
+        return Row(
+            f"[{self.mode} = {self.state}] {'page cache cold' if cold else 'warm'}, {name}",
+            rate(size, ours),
+            f"local disk {rate(size, local)}",
+            local / ours,
+            f">= {target:g}",
+            local / ours >= target,
+            f"ours {spread(seconds['ours'])}, local {spread(seconds['local'])}",
+        )
+
+
+def present_rows(setting: Setting) -> list[Row]:
+    """Data that are on the node, in each mode."""
+    local = setting.fresh("local")
+    shutil.copytree(setting.weights, local)
+    rows: list[Row] = []
+    for mode in modes_of_this_version():
+        with setting.node() as node:
+            try:
+                node.rafs("pull", setting.weights_ref, timeout_s=300)
+                present = Present(setting, node, mode, local)
+            except Exception as error:  # noqa: BLE001 - a mode that this machine lacks is one row
+                rows.append(Row(f"[{mode}]", "-", "-", None, "-", None, str(error).splitlines()[-1][:120]))
+                continue
+            target = _LAZY_TARGET.get(present.state, 0.6)
+            rows += [
+                present.compare("sequential", sequential, target, cold=True),
+                present.compare(
+                    "parallel pread, 8 x 4 MiB", partial(parallel, threads=8, block=_BLOCK), target, cold=True
+                ),
+                present.compare("2000 random pages by mmap", partial(faults, count=2000), 0.8, cold=True),
+                present.compare("sequential", sequential, 0.95, cold=False),
+            ]
+            for threads in (1, 4, 16, 32):
+                rows.append(
+                    present.compare(
+                        f"O_DIRECT, {threads} threads of 16 MiB",
+                        partial(parallel, threads=threads, block=16 << 20, direct=True),
+                        0.6,
+                        cold=True,
+                    )
+                )
+    return rows
+
+
+def cold_rows(setting: Setting) -> list[Row]:
+    """A load through a mount that has nothing yet, against fetching and decoding without a mount."""
+    size = sum(piece.size for piece in pieces_of(setting.weights))
+
+    def baseline() -> float:
+        settle()
+        command = [sys.executable, "-m", "benchmarks.cold_read", setting.weights_ref, str(setting.fresh("fetched"))]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    def load(mode: str, readers: int) -> float:
+        settle()
+        with setting.node() as node:
+            pieces = pieces_of(node.mount(setting.weights_ref, "mnt", "--mode", mode))
+            return timed(lambda: interleaved(pieces, readers))
+
+    rows = []
+    for mode in modes_of_this_version()[:2]:
+        seconds = interleave(
+            {"baseline": baseline, "one": partial(load, mode, 1), "eight": partial(load, mode, 8)},
+            max(5, setting.rounds),
+        )
+        base = median(seconds["baseline"])
+        for name, label, limit in (("one", "one reader", 1.15), ("eight", "8 interleaving readers", 1.3)):
+            ours = median(seconds[name])
+            rows.append(
+                Row(
+                    f"[{mode}] cold load, all tensors by mmap, {label}: time ÷ fetch and decode",
+                    f"{ours:.2f} s ({rate(size, ours)})",
+                    f"{base:.2f} s ({rate(size, base)})",
+                    ours / base,
+                    f"<= {limit}",
+                    ours / base <= limit,
+                    f"ours {spread(seconds[name])}, baseline {spread(seconds['baseline'])}",
+                )
+            )
+    return rows
+
+
+def interleaved(pieces: list[Piece], readers: int) -> None:
+    """Load all tensors of the files, by so many threads that take the tensors in turn."""
+    if readers == 1:
+        load_tensors(pieces)
+        return
+    jobs = [(piece, first, stop) for piece in pieces for first, stop in tensor_places(piece)]
+
+    def read(number: int) -> None:
+        for piece, first, stop in jobs[number::readers]:
+            copy_range(piece.path, first, stop)
+
+    with ThreadPoolExecutor(readers) as pool:
+        list(pool.map(read, range(readers)))
+
+
+def copy_range(path: str, first: int, stop: int) -> None:
+    """Read bytes [first, stop) of a file by preads of 1 MiB."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        while first < stop:
+            got = len(os.pread(fd, min(1 << 20, stop - first), first))
+            if not got:
+                raise OSError(f"{path} ends at byte {first}")
+            first += got
+    finally:
+        os.close(fd)
+
+
+def touch_tensors(path: str, places: list[tuple[int, int]]) -> None:
+    """Touch every page of some tensors through a mapping; runs in a process of its own."""
+    import mmap  # noqa: PLC0415 - in the child
+
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        for first, stop in places:
+            mapped[first:stop:4096]
+
+
+def read_tensors(path: str, places: list[tuple[int, int]]) -> None:
+    """Read some tensors by preads; runs in a process of its own."""
+    for first, stop in places:
+        copy_range(path, first, stop)
+
+
+def storm_rows(setting: Setting) -> list[Row]:
+    """Processes that fault random tensors of a cold model of 1 GiB, against preads of the same; and what one tensor of ten costs."""
+    source = setting.fresh("storm")
+    source.mkdir()
+    count = 2 if setting.quick else 12
+    for number in range(count):
+        cast_file(
+            published_model() / "model.safetensors", source / f"m{number:02}.safetensors", "F32", scale=1 + number / 7
+        )
+    ref = f"localhost:{setting.registry.port}/bench/storm:v1"
+    with setting.node() as node:
+        node.build(source, ref, timeout_s=600)
+    size = 0
+
+    def storm(action: Callable[[str, list[tuple[int, int]]], None]) -> float:
+        nonlocal size
+        settle()
+        with setting.node() as node:
+            pieces = pieces_of(node.mount(ref))
+            work = []
+            for number in range(_STORM_PROCESSES):
+                piece = pieces[number % len(pieces)]
+                places = [place for place in tensor_places(piece) if place[1] - place[0] >= 1 << 19]
+                random.Random(number).shuffle(places)
+                work.append((piece.path, places))
+            size = sum(stop - first for _, places in work for first, stop in places)
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(_STORM_PROCESSES) as pool:
+                pool.starmap(read_tensors, [(path, []) for path, _ in work])  # starts the processes before the clock
+                return timed(lambda: pool.starmap(action, work, 1))
+
+    seconds = interleave(
+        {"faults": partial(storm, touch_tensors), "preads": partial(storm, read_tensors)}, max(5, setting.rounds)
+    )
+    ours, base = median(seconds["faults"]), median(seconds["preads"])
+    rows = [
+        Row(
+            f"page-fault storm, {_STORM_PROCESSES} processes, random tensors, cold",
+            rate(size, ours),
+            f"parallel pread {rate(size, base)}",
+            base / ours,
+            ">= 0.7",
+            base / ours >= 0.7,
+            f"faults {spread(seconds['faults'])}, preads {spread(seconds['preads'])}",
+        )
+    ]
+    with setting.node() as node:
+        mount = node.mount(ref)
+        read = sum(tenth(piece) for piece in pieces_of(mount))
+        node.status()
+        fetched = node.mount_status(mount)["sources"]["origin"]
+    rows.append(
+        Row(
+            "bytes fetched ÷ bytes read, one tensor of every tenth of those of 512 KiB and more",
+            f"{fetched / 1e6:.1f} MB",
+            f"{read / 1e6:.1f} MB",
+            fetched / read,
+            "<= 1.3",
+            fetched / read <= 1.3,
+        )
+    )
+    return rows
+
+
+def tenth(piece: Piece) -> int:
+    """Read one large tensor of every tenth of a file; return the bytes."""
+    places = [place for place in tensor_places(piece) if place[1] - place[0] >= 1 << 19][::10]
+    for first, stop in places:
+        copy_range(piece.path, first, stop)
+    return sum(stop - first for first, stop in places)
+
+
+def main() -> int:
+    """Run; return 0 when everything ran, whether or not targets are met."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.io", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less data")
+    parser.add_argument("--only", nargs="+", choices=("present", "cold", "storm"), default=("present", "cold", "storm"))
+    parser.add_argument("--dir", type=Path, help="work on this disk (default: the temporary directory)")
+    arguments = parser.parse_args()
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {commit()}", machine(), sep="\n", flush=True)
+    parts = {"present": present_rows, "cold": cold_rows, "storm": storm_rows}
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-bench-", dir=arguments.dir))
+        setting = Setting(Path(directory), stack, quick=arguments.quick)
+        for name in arguments.only:
+            print(f"... {name}", file=sys.stderr, flush=True)
+            rows += parts[name](setting)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
