@@ -43,6 +43,8 @@ class _Stream:
     """How long it must be before anything is fetched ahead of it in a file that is not understood."""
     home: int
     """End of the tensor that it began in."""
+    settled: bool
+    """Whether `home` is a tensor: a header, and what was read before it was understood, leads to the tensor that comes next."""
     files: int
     """Files that it has run through one after the other."""
     own: Span
@@ -76,9 +78,9 @@ class Readahead:
         """
         found = self._find(first, stop, own)
         if found is None:
-            stream = _Stream(stop, stop - first, 0 if first <= own[0] else QUIET_BYTES, stop, 1, own)
+            stream = _Stream(stop, stop - first, 0 if first <= own[0] else QUIET_BYTES, stop, False, 1, own)
             if tensor is not None:
-                stream.home = max(stop, tensor[1])
+                stream.home, stream.settled = max(stop, tensor[1]), tensor[0] > own[0]
             spans = self._strided(first, stop, own, limit)
             target = min(tensor[1], stop + limit) if tensor is not None else stop
         else:
@@ -87,6 +89,8 @@ class Readahead:
                 stream.files += own[0] > stream.own[0]
                 stream.own = own
             stream.length += max(stop - first, stop - stream.stop)  # what it skipped inside its window was read unseen
+            if tensor is not None and not stream.settled and tensor[0] > own[0]:
+                stream.home, stream.settled = tensor[1], True
             target = self._target(stream, stop, own, limit, tensor, following)
         ahead = (max(stop, stream.ahead_to), min(target, self._size))
         whole = target == stream.home

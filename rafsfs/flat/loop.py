@@ -28,8 +28,10 @@ _SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
 """How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
 who tries again of his own gets the full deadline, since the registry may be back."""
-_LOOK_AHEAD: Final = 8
-"""Chunks behind a read of which one must be missing for the daemon to be told of a hit: it then has that long to fetch it."""
+_LOOK_AHEAD: Final = 48
+"""Chunks behind a read of which one must be missing for the daemon to be told of a hit: more than its window, to keep that full."""
+_HINT_EVERY: Final = 4
+"""Chunks that a reader may come further before the daemon is told again."""
 _SAME_FAILURE_S: Final = 5.0
 """Failures in one data space within this time are one line in the log."""
 
@@ -63,7 +65,9 @@ class Loop:
         self._polled = (-1, False)
         self._failed: dict[tuple[int, int], tuple[float, int]] = {}
         self._logged: dict[int, float] = {}
-        self._hinted = [-1] * len(views)
+        self._hinted = [-_LOOK_AHEAD] * len(views)
+        self._touched: list[tuple[bytes, int, int]] = []
+        """Chunks read for the first time since the daemon was told."""
         self._told = 0
         self._report_at = 0.0
         self._ending = False
@@ -118,9 +122,11 @@ class Loop:
     def hit(self, space: int, chunks: range, size: int) -> None:
         """Count a read that was served at once, and let the daemon go on ahead of the reader."""
         self.cache_bytes += size
-        if self._hinted[space] == chunks.stop:
-            return
         view = self._views[space]
+        if view.touch(chunks.start, chunks.stop):
+            self._touched.append((view.space_id, chunks.start, chunks.stop))
+        if 0 <= chunks.stop - self._hinted[space] < _HINT_EVERY:
+            return
         if not view.is_present(chunks.stop, min(view.table.count, chunks.stop + _LOOK_AHEAD)):
             self._hinted[space] = chunks.stop
             self.link.tell("ensure", self._params(space, chunks) | {"deadline_s": 1.0})
@@ -144,7 +150,8 @@ class Loop:
     def _report(self, now: float) -> None:
         self._report_at = now + _REPORT_S
         self._told = self.cache_bytes
-        served = {"mount": self._mount, "cache_bytes": self.cache_bytes, "generation": self._generation}
+        read, self._touched = self._touched, []
+        served = {"mount": self._mount, "cache_bytes": self.cache_bytes, "generation": self._generation, "read": read}
         self.link.tell("served", served)
 
     def _poll_link(self) -> None:
