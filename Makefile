@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs bench-io
+.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs bench-io manifests
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 KILLS ?= 200
@@ -35,6 +35,10 @@ bench-swarm: setup
 # What the driver speaks, made from the interface's own definition; needs Go.
 csi-stubs: setup
 	@scripts/csi_stubs.sh
+
+# The plain manifests, made from the chart; needs Go.
+manifests:
+	@scripts/manifests.sh
 
 # Swarms of hundreds and thousands of nodes, simulated.
 bench-sim: setup
