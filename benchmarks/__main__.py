@@ -23,6 +23,7 @@ QUESTIONS = (
     "first_byte",
     "metadata",
     "memory",
+    "csi_publish",
     "swarm_sim",
 )
 
