@@ -124,7 +124,8 @@ class DynamicVolumes:
         server = HttpServer(handle, methods=frozenset({"GET", "PUT", "DELETE"}))
         with trio.CancelScope() as scope:
             self._scopes[key] = scope
-            await server.serve_unix(os.path.join(path, SOCKET), task_status=task_status)
+            # Whoever runs in the pod may ask, root or not: the volume is seen by this pod alone.
+            await server.serve_unix(os.path.join(path, SOCKET), mode=0o666, task_status=task_status)
 
     async def _handle(self, record: VolumeRecord, request: Request) -> Answer:
         parts = [unquote(part) for part in request.path.strip("/").split("/")]

@@ -124,7 +124,9 @@ class HttpServer:
             nursery.start_soon(trio.serve_listeners, self._connection, listeners)
             task_status.started(bound)
 
-    async def serve_unix(self, path: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def serve_unix(
+        self, path: str, *, mode: int = 0o600, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
         """Listen on a UNIX socket and serve for ever; one that was left over is replaced. Who may connect is the directory's matter."""
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -133,6 +135,7 @@ class HttpServer:
         directory = os.open(os.path.dirname(os.path.abspath(path)), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             await listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            os.chmod(os.path.basename(path), mode, dir_fd=directory)
         finally:
             os.close(directory)
         listener.listen(64)

@@ -267,6 +267,7 @@ def test_a_pod_adds_and_removes_models(kubelet: Kubelet, registry: Registry, tmp
     with pytest.raises(OSError, match="Read-only"):
         (target / "mine").write_text("no")
     socket = ("--socket", str(target / "rafs.sock"))
+    assert (target / "rafs.sock").stat().st_mode & 0o777 == 0o666, "processes of the pod need not be root"
     node = kubelet.node
     inside = ("unshare", "--mount", "--propagation", "slave", "--")
     for n, ref in enumerate(refs):
