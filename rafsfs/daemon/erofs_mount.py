@@ -359,9 +359,12 @@ class ErofsMount(Mount):
             group = fanotify.open_group()
             await self._holdings.hold(group_name, group)
             await self._holdings.hold(journal_name, fanotify.make_journal())
-            for space, plain in zip(self._spaces, running.record.plain, strict=True):
-                if not plain:
-                    fanotify.add_mark(group, space.data_fd)
+            guarded = [space for space, plain in zip(self._spaces, running.record.plain, strict=True) if not plain]
+            for space in guarded:  # before the mark: through these the next daemon reads and writes without being asked
+                name = running.record.file_name(self.spec.id, space.space_id.hex())
+                await self._holdings.hold(name, space.duplicate())
+            for space in guarded:
+                fanotify.add_mark(group, space.data_fd)
         except OSError as error:
             raise MountError(f"fanotify does not guard the data files: {error.strerror}") from error
         self._start_serving(running)
@@ -387,8 +390,7 @@ class ErofsMount(Mount):
         """End what serves a generation whose marks are all gone: what still waits is allowed by the kernel, and is there."""
         record = running.record
         await self._stop_worker(running)
-        for name in [*record.held_names(self.spec.id), record.pid_name(self.spec.id)]:
-            await self._holdings.release(name)
+        await self._release_all(record)
         record.rung = self.spec.rung = "erofs"
         self._save()
         _log.info("guard dismissed, the image is complete: mountpoint=%s", self.spec.mountpoint)
@@ -442,18 +444,26 @@ class ErofsMount(Mount):
         )
         self.reason = f"the flat server died {_GIVE_UP} times in a row; see the log"
         running.ending = True
-        for name in [*running.record.held_names(self.spec.id), running.record.pid_name(self.spec.id)]:
+        await self._release_all(running.record)
+
+    async def _release_all(self, record: Generation) -> None:
+        """Close everywhere what was held for a generation; the group of kernel mode before its data files."""
+        files = [name for name in self._holdings.names() if name.startswith(record.file_name(self.spec.id, ""))]
+        for name in [*record.held_names(self.spec.id), record.pid_name(self.spec.id), *files]:
             await self._holdings.release(name)
 
     async def _spawn_worker(self, running: _Running) -> None:
         record = running.record
-        descriptors = [self._holdings.get(name) for name in record.held_names(self.spec.id)]
-        if not descriptors or any(descriptor is None for descriptor in descriptors):
+        needed = record.held_names(self.spec.id)
+        files = [record.file_name(self.spec.id, space.space_id.hex()) for space in self._spaces]
+        held = {name: descriptor for name in [*needed, *files] if (descriptor := self._holdings.get(name)) is not None}
+        if not needed or not held.keys() >= set(needed):
             raise MountError(f"generation {record.number} of {self.spec.mountpoint} has lost what it serves")
-        record.descriptors = [descriptor for descriptor in descriptors if descriptor is not None]
-        self.spec.save()  # the worker reads it
+        record.names, record.descriptors = list(held), list(held.values())
+        self._save()  # the worker reads it
         module = "rafsfs.flat.worker" if record.rung == "lazy" else "rafsfs.erofs.guard"
-        command = [sys.executable, "-m", module, self.spec.path, str(record.number), *map(str, record.descriptors)]
+        command = [sys.executable, "-m", module, self.spec.path, str(record.number)]
+        command += map(str, record.descriptors[: len(needed)])  # it finds the data files in its record
         process = spawn_detached(command, self._log_path, pass_fds=record.descriptors)
         record.worker_pid = process.pid
         record.worker_start = process_start(process.pid)
@@ -463,22 +473,11 @@ class ErofsMount(Mount):
             await self._holdings.hold(record.pid_name(self.spec.id), os.pidfd_open(process.pid))
 
     async def _adopt(self, running: _Running) -> None:
-        """Get hold of what an earlier daemon's generation serves, from the holder or out of its worker."""
+        """Go on serving what an earlier daemon's generation needs, whose descriptors were recovered before any data file was opened."""
         record = running.record
         if record.rung == "erofs":
             return
         names = record.held_names(self.spec.id)
-        if running.worker_alive():
-            with suppress(OSError, MountError):
-                pidfd = os.pidfd_open(record.worker_pid)
-                for name, number in zip(names, record.descriptors, strict=False):
-                    if self._holdings.get(name) is None:
-                        await self._holdings.hold(name, syscalls.pidfd_getfd(pidfd, number))
-                        _log.warning("descriptor taken from the worker: name=%s", name)
-                if self._holdings.get(record.pid_name(self.spec.id)) is None:
-                    await self._holdings.hold(record.pid_name(self.spec.id), pidfd)
-                else:
-                    os.close(pidfd)
         if running.worker_alive() or all(self._holdings.get(name) is not None for name in names):
             self._start_serving(running)
         elif record.rung == "kernel":
@@ -510,8 +509,7 @@ class ErofsMount(Mount):
     async def _end(self, running: _Running) -> None:
         """Let go of a generation whose superblock has gone, or was never made."""
         await self._stop_worker(running)
-        for name in [*running.record.held_names(self.spec.id), running.record.pid_name(self.spec.id)]:
-            await self._holdings.release(name)
+        await self._release_all(running.record)
         if running in self._running:
             self._running.remove(running)
         self._served_before += running.cache_bytes

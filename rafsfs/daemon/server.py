@@ -30,6 +30,7 @@ import trio
 from .. import __version__
 from ..erofs.holdings import Holdings
 from ..erofs.probe import Ladder, choose, probe
+from ..erofs.recovery import recover
 from ..errors import (
     CacheError,
     CacheFullError,
@@ -628,6 +629,11 @@ class Daemon:
 
     # ---- life ----------------------------------------------------------------------------------------------------
 
+    async def recover_descriptors(self) -> None:
+        """Get back what processes of an earlier daemon keep. Called before anything that may open a data space."""
+        await recover(self._holdings, load_specs(self._cache.path))
+        self._cache.lend = self._holdings.data_file
+
     def hold_recorded(self) -> None:
         """Keep the data of the mounts that should exist from eviction until they are taken over. Blocking, before anything runs."""
         for spec in load_specs(self._cache.path):
@@ -643,7 +649,6 @@ class Daemon:
     async def restore_mounts(self) -> None:
         """Take over the mounts that should exist: adopt live workers, mount again what has lost its own."""
         left_alone: set[str] = set()
-        await self._holdings.recover()
         self._nursery.start_soon(self._holdings.keep)
         async with trio.open_nursery() as nursery:
             for spec in list(load_specs(self._cache.path)):
@@ -767,6 +772,7 @@ async def _run(
         fetcher = await stack.enter_async_context(open_fetcher(cache, settings.fetch, swarm, evictor))
         nursery = await stack.enter_async_context(trio.open_nursery())
         daemon = Daemon(cache, fetcher, nursery, settings, evictor, swarm)
+        await daemon.recover_descriptors()
         await trio.to_thread.run_sync(daemon.hold_recorded)
         await evictor.start()
         nursery.start_soon(evictor.run)

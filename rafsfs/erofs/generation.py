@@ -30,7 +30,9 @@ class Generation:
     worker_pid: int = 0
     worker_start: int = 0
     descriptors: list[int] = field(default_factory=list)
-    """Numbers, in the worker, of what it serves: /dev/fuse; or group and journal."""
+    """Numbers, in the worker, of what it serves: /dev/fuse; or group, journal and data files."""
+    names: list[str] = field(default_factory=list)
+    """Names under which the holder keeps these, in the same order."""
     device: str = ""
     """`major:minor` of its files."""
     breached: bool = False
@@ -44,6 +46,10 @@ class Generation:
         """Return the names under which the holder keeps what the worker serves."""
         kinds = {"lazy": ["fuse"], "kernel": ["group", "journal"]}.get(self.rung, [])
         return [f"{kind}/{mount}/{self.number}" for kind in kinds]
+
+    def file_name(self, mount: str, space: str) -> str:
+        """Return the name under which the holder keeps a data file of kernel mode, opened before its mark; `space`: its id in hex."""
+        return f"file/{mount}/{self.number}/{space}"
 
     def pid_name(self, mount: str) -> str:
         """Return the name under which the holder watches the worker."""

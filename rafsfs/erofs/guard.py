@@ -1,6 +1,7 @@
 """The process that answers for the holes of one generation in kernel mode.
 
-`python -m rafsfs.erofs.guard SPEC.json GENERATION GROUP JOURNAL`, the last two inherited descriptors.
+`python -m rafsfs.erofs.guard SPEC.json GENERATION GROUP JOURNAL`, the last two inherited descriptors. More are named in its record: the
+data files as they were opened before the marks. It never reads them; they are here so that a daemon can get them when the holder is dead.
 
 Decided here: which read goes on. Rules. Allowed is only a read whose chunks the presence map shows present, in the very inode that
 the event names, and what the daemon itself does to a data file.
@@ -25,10 +26,11 @@ from typing import Final
 from .. import logs
 from ..errors import FormatError, RafsError
 from ..flat.loop import Loop, lower_own_chances_of_being_killed
-from ..fuse.spec import load_spec
+from ..fuse.spec import MountSpec, load_spec
 from ..store.space_view import SpaceView, open_views
 from . import fanotify
 from .fanotify import Event, Journal
+from .generation import from_record
 
 _log = logging.getLogger("rafsfs.erofs.guard")
 
@@ -165,6 +167,16 @@ class Guard:
                 os.close(number)
 
 
+def _inherited(spec: MountSpec, generation: int) -> dict[str, int]:
+    """Return the data files that were inherited, by the id of their data space in hex."""
+    for data in spec.generations:
+        record = from_record(data)
+        if record is not None and record.number == generation:
+            found = zip(record.names, record.descriptors, strict=False)
+            return {name.rpartition("/")[2]: number for name, number in found if name.startswith("file/")}
+    return {}
+
+
 def main(arguments: list[str]) -> int:
     """Answer until SIGTERM; return the exit code."""
     logs.configure()
@@ -172,14 +184,15 @@ def main(arguments: list[str]) -> int:
     try:
         spec = load_spec(arguments[0])
         generation, group, memory = (int(text) for text in arguments[1:4])
-        views = open_views(spec.cache_dir, spec.digest)
+        inherited = _inherited(spec, generation)
+        views = open_views(spec.cache_dir, spec.digest, inherited)
         journal = Journal(memory)
     except (RafsError, OSError) as error:
         _log.error("guard failed: %s", error)
         return getattr(error, "exit_code", 1)
     lower_own_chances_of_being_killed()
     resource.setrlimit(resource.RLIMIT_NOFILE, (fanotify.JOURNAL_SLOTS, fanotify.JOURNAL_SLOTS))
-    for descriptor in (group, memory):
+    for descriptor in (group, memory, *inherited.values()):
         os.set_inheritable(descriptor, False)
     guard = Guard(group, journal, views)
     guard.loop = Loop(

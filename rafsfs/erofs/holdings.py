@@ -46,6 +46,14 @@ class Holdings:
         """Return the daemon's own copy of a descriptor, which stays ours; None if nothing is held under the name."""
         return self._held.get(name)
 
+    def data_file(self, space_id: bytes) -> int | None:
+        """Return a held descriptor of a data file that is or was guarded, None if there is none. From any thread."""
+        wanted = f"/{space_id.hex()}"
+        for name, descriptor in list(self._held.items()):
+            if name.startswith("file/") and name.endswith(wanted):
+                return descriptor
+        return None
+
     def names(self) -> list[str]:
         """Return the names of all that is held."""
         return sorted(self._held)

@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -114,6 +114,8 @@ class Cache:
         self._resting: dict[bytes, Held] = {}
         """What was found of data spaces that are not open: nobody changes them."""
         self._spaces_of: dict[Digest, tuple[bytes, ...]] = {}
+        self.lend: Callable[[bytes], int | None] = lambda space_id: None
+        """Returns a descriptor of a data file that somebody keeps open, to be used in place of opening it anew. Called in threads."""
 
     @classmethod
     def open(cls, path: str, *, exclusive: bool = True) -> Cache:
@@ -504,7 +506,7 @@ class Cache:
         return self._reopen(directory)
 
     def _reopen(self, directory: str) -> DataSpace:
-        space, trusted = open_space_directory(directory)
+        space, trusted = open_space_directory(directory, self.lend(bytes.fromhex(os.path.basename(directory))))
         if self._index is not None:
             if not trusted:
                 space.recover()

@@ -297,10 +297,11 @@ def write_new_record(directory: str, size: int) -> None:
     write_synced(os.path.join(directory, "record"), json.dumps(record).encode())
 
 
-def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
+def open_space_directory(directory: str, lent: int | None = None) -> tuple[DataSpace, bool]:
     """Open a data space; return it and whether its marks can all be trusted (a clean stop on this boot).
 
-    Raises FormatError if the directory is not a sound data space.
+    `lent`: a descriptor open for reading and writing, which is copied and used if it is on this very data file: where the file is guarded
+    by pre-content events, one that was opened before the mark raises none. Raises FormatError if the directory is not a sound data space.
     """
     try:
         record = json.loads(Path(directory, "record").read_bytes())
@@ -316,7 +317,7 @@ def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
         raise FormatError(f"{directory}/chunks does not hash to the name of its directory")
     table.validate()
     try:
-        data_fd = os.open(os.path.join(directory, "data"), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        data_fd = _open_data(os.path.join(directory, "data"), lent)
     except OSError as error:
         raise FormatError(f"{directory}/data: {error.strerror}") from error
     try:
@@ -329,6 +330,16 @@ def open_space_directory(directory: str) -> tuple[DataSpace, bool]:
         os.close(data_fd)
         raise
     return DataSpace(directory, table, data_fd, present, last_used), clean and boot == boot_id()
+
+
+def _open_data(path: str, lent: int | None) -> int:
+    if lent is not None:
+        with contextlib.suppress(OSError):
+            copy = os.dup(lent)  # looked at afterwards: its number may just have been closed and given to another file
+            if os.path.samestat(os.fstat(copy), os.lstat(path)):
+                return copy
+            os.close(copy)
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def _map_present(directory: str, count: int) -> mmap.mmap | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import CacheError, FormatError
@@ -17,9 +18,9 @@ from ..format.superblock import Superblock
 
 
 class SpaceView:
-    """An open view. Single-threaded."""
+    """An open view. Single-threaded. `data_fd`: the data file, open; taken over. -1: it is opened here."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, data_fd: int = -1) -> None:
         try:
             record = json.loads(Path(directory, "record").read_bytes())
             with open(os.path.join(directory, "chunks"), "rb") as file:
@@ -27,7 +28,9 @@ class SpaceView:
                 self._chunks = mmap.mmap(file.fileno(), count, prot=mmap.PROT_READ) if count else None
             chunks = memoryview(self._chunks) if self._chunks is not None else memoryview(b"")
             self.table = SpaceTable(chunks, int(record["size"]))
-            self._data = os.open(os.path.join(directory, "data"), os.O_RDONLY | os.O_CLOEXEC)
+            self._data = data_fd
+            if data_fd < 0:
+                self._data = os.open(os.path.join(directory, "data"), os.O_RDONLY | os.O_CLOEXEC)
             with open(os.path.join(directory, "present"), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 self._present = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) if size else None
@@ -75,8 +78,11 @@ class SpaceView:
             self._present.close()
 
 
-def open_views(cache_dir: str, digest: str) -> list[SpaceView]:
-    """Open the data spaces of a cached image, in the order of its bootstrap's device slots. Raises CacheError, FormatError."""
+def open_views(cache_dir: str, digest: str, files: Mapping[str, int] | None = None) -> list[SpaceView]:
+    """Open the data spaces of a cached image, in the order of its bootstrap's device slots. Raises CacheError, FormatError.
+
+    `files`: data files that are open already, by id in hex; they are taken over.
+    """
     path = os.path.join(cache_dir, "images", digest.removeprefix("sha256:"), "bootstrap.erofs")
     try:
         with (
@@ -87,4 +93,5 @@ def open_views(cache_dir: str, digest: str) -> list[SpaceView]:
             slots = Superblock.unpack_from(view).read_slots(view)
     except (OSError, ValueError) as error:
         raise CacheError(f"{path} cannot be opened: {error}") from error
-    return [SpaceView(os.path.join(cache_dir, "spaces", slot.space_id.hex())) for slot in slots]
+    names = [slot.space_id.hex() for slot in slots]
+    return [SpaceView(os.path.join(cache_dir, "spaces", name), (files or {}).get(name, -1)) for name in names]

@@ -216,6 +216,37 @@ def test_kernel_mode_without_any_of_its_three_processes_is_found_and_mended_by_t
     node.rafs("umount", mounted)
 
 
+@pytest.mark.parametrize("first", ["guard", "holder"])
+def test_a_daemon_of_kernel_mode_hashes_guarded_files_before_anybody_answers_for_them(
+    node: Node, registry: Registry, model: Path, first: str
+) -> None:
+    """The next daemon reads guarded data files, to hash what was not synced, while the guard that would allow it is dead."""
+    ref = f"localhost:{registry.port}/e2e/model:v1"
+    node.build(model, ref)
+    mounted = node.mount(ref, "mnt", "--mode", "kernel")
+    name = "model.bf16.safetensors"
+    wanted = (model / name).read_bytes()
+    assert read_within(mounted / name, 0, 1 << 20, 20) == wanted[: 1 << 20]
+    if first == "holder":  # then what it kept comes out of the guard, and dies with nobody
+        for pid in (node.daemon_pid(), *node.processes("holder.py")):
+            kill(pid)
+        node.status()
+    for pid in (node.daemon_pid(), *node.worker_pids()):
+        os.kill(pid, signal.SIGKILL)
+    for present in (node.cache / "spaces").glob("*/present"):
+        with present.open("r+b") as file:
+            marks = file.read()
+            file.seek(0)
+            file.write(marks.replace(b"\2", b"\1"))
+    status = node.run("status", "--json", timeout_s=20)
+    assert status.returncode == 0, status.stderr
+    assert read_within(mounted / name, 0, len(wanted), 30) == wanted
+    assert "BREACH" not in node.log()
+    assert unverified_chunks(node.cache) == []
+    node.rafs("umount", mounted)
+    wait_for(lambda: node.processes("holder.py") == [], "nothing is held any more")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MiB."""

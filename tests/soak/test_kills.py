@@ -24,15 +24,7 @@ pytestmark = [
     [
         ("erofs", 3),
         ("lazy", 8),
-        pytest.param(
-            "kernel",
-            8,
-            marks=pytest.mark.xfail(
-                raises=TimeoutError,
-                strict=False,
-                reason="daemon and guard killed together: the next daemon sometimes answers no command (docs/operations.md)",
-            ),
-        ),
+        ("kernel", 8),
     ],
 )
 def test_no_kill_makes_a_wrong_byte_and_the_mount_comes_back(tmp_path: Path, mode: str, kills: int) -> None:
