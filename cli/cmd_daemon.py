@@ -93,6 +93,12 @@ _STOP_S: Final = 60.0
     metavar="REGISTRY",
     help="Mirror this registry only; repeatable.  [default: all but those on this node]",
 )
+@option(
+    "--external-holder",
+    is_flag=True,
+    envvar="RAFS_EXTERNAL_HOLDER",
+    help="Somebody else runs `rafs holder` for this cache directory; start none.",
+)
 @swarm_options
 @registry_options
 @option("--stop", is_flag=True, help="Stop the daemon that runs and wait; mounts stay up and serve what is present.")
@@ -127,6 +133,7 @@ def command(
         registry=take_registry_options(options),
         keeps_images=swarm.seed,
         mirror=_mirror(options),
+        external_holder=options["external_holder"],
         metrics=split_address(metrics, "--metrics") if metrics else None,
         quota=quota_of(quota, cache_dir, is_seed=swarm.seed),
     )

@@ -30,6 +30,7 @@ COMMANDS: Final = {
     "doctor": "Tell what this machine can do, and what to do about the rest.",
     "export": "Write an image out as an ordinary directory.",
     "get": "Fetch a file of a web server, or files of an image, through the swarm.",
+    "holder": "Keep what mounts need while the daemon's container is replaced.",
     "inspect": "Show what an image is made of.",
     "ls": "List files of an image.",
     "models": "Add and remove models of a pod's dynamic volume.",

@@ -215,7 +215,7 @@ class DynamicVolumes:
             await trio.to_thread.run_sync(self._records.save, record.with_models(left))
             key = model["mount_key"]
             async with self._mounts.lock(key):
-                if key not in self._records.mount_keys():
+                if self._records.is_unused(key):
                     await self._mounts.release(key)
         _log.info("model removed: volume=%s name=%s", record.volume_id, name)
 

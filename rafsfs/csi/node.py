@@ -133,8 +133,7 @@ class Node:
             record = self.records.find(volume_id, target)
             await trio.to_thread.run_sync(binds.detach, target)
             await trio.to_thread.run_sync(binds.remove_target, target)
-            if record is not None:
-                await trio.to_thread.run_sync(self.records.remove, record)
+            await trio.to_thread.run_sync(self.records.remove, volume_id, target)
             if not self.records.of_volume(volume_id):
                 secrets.remove_auths(self._auth_dir(volume_id))
             if record is None:
@@ -219,7 +218,7 @@ class Node:
             return
         async with self.mounts.lock(key):
             users = [record for record in self.records if record.mount_key == key]
-            if key not in self.records.mount_keys():
+            if self.records.is_unused(key):
                 await self.mounts.release(key)
             elif users:
                 auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(users[0].volume_id))
@@ -276,7 +275,8 @@ class Node:
             while True:
                 try:
                     await self.heal()
-                    await self.mounts.sweep(self.records.mount_keys())
+                    if self.records.is_whole:
+                        await self.mounts.sweep(self.records.mount_keys())
                 except RafsError as error:
                     _log.warning("mounts cannot be looked after now: %s", error)
                 await trio.sleep(HEAL_S)

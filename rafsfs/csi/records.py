@@ -1,7 +1,9 @@
 """What volumes there are on this node, on disk: one file per published volume, replaced as a whole. No secrets.
 
-Decided here: names and the order of writing. Rule: a record is written before anything is mounted for it and removed after
-everything has been taken away, so whatever a crash leaves behind is named by a record. Blocking, small.
+Decided here: names, the order of writing, and how drivers of different versions read each other's records. Rules: a record is written
+before anything is mounted for it and removed after everything has been taken away, so whatever a crash leaves behind is named by a
+record. A format only ever gains keys: an older driver passes over what it does not know, a newer one takes the default for what is
+missing. While a record cannot be read at all, no mount counts as unused (`is_whole`), since pods may read through it. Blocking, small.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
 from ..errors import CacheError
@@ -19,6 +21,8 @@ from .volume import VolumeSpec, key_of
 
 _log = logging.getLogger(__name__)
 
+FORMAT: Final = 2
+"""Of the records that are written. 1, until 0.1.0, did not say so, and is else the same."""
 _MOST: Final = 1 << 20
 
 
@@ -53,7 +57,13 @@ class Records:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         os.makedirs(directory, mode=0o700, exist_ok=True)
+        self._unreadable: set[str] = set()
         self._records = {record.key: record for record in self._load()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every record could be read, so that a mount that none names is unused."""
+        return not self._unreadable
 
     def _load(self) -> Iterator[VolumeRecord]:
         for name in sorted(os.listdir(self._directory)):
@@ -63,9 +73,10 @@ class Records:
             try:
                 with open(path, "rb") as file:
                     values = json.loads(file.read(_MOST))
-                yield VolumeRecord(**{**values, "spec": VolumeSpec.from_json(values["spec"])})
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                _log.warning("volume record cannot be read: path=%s cause=%s", path, error)
+                yield parse_record(values)
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                self._unreadable.add(name.removesuffix(".json"))
+                _log.warning("volume record cannot be read, all mounts are kept: path=%s cause=%s", path, error)
 
     def __iter__(self) -> Iterator[VolumeRecord]:
         return iter(list(self._records.values()))
@@ -84,20 +95,44 @@ class Records:
         models = {model["mount_key"] for record in self._records.values() for model in record.models.values()}
         return (own | models) - {""}
 
+    def is_unused(self, key: str) -> bool:
+        """Tell whether a mount can go: no volume names it, and none could that cannot be read."""
+        return self.is_whole and key not in self.mount_keys()
+
     def save(self, record: VolumeRecord) -> None:
         """Write a record. Raises CacheError."""
         path = os.path.join(self._directory, f"{record.key}.json")
         try:
             fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             with os.fdopen(fd, "w") as file:
-                json.dump({**asdict(record), "spec": record.spec.to_json()}, file, indent=1, sort_keys=True)
+                values = {"format": FORMAT, **asdict(record), "spec": record.spec.to_json()}
+                json.dump(values, file, indent=1, sort_keys=True)
             os.rename(f"{path}.new", path)
         except OSError as error:
             raise CacheError(f"{path}: {error.strerror}") from error
         self._records[record.key] = record
+        self._unreadable.discard(record.key)
 
-    def remove(self, record: VolumeRecord) -> None:
-        """Delete a record."""
+    def remove(self, volume_id: str, target: str) -> None:
+        """Delete the record of a volume at a target, also one that could not be read; none is fine."""
+        key = key_of(f"{volume_id}\0{target}")
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._directory, f"{record.key}.json"))
-        self._records.pop(record.key, None)
+            os.unlink(os.path.join(self._directory, f"{key}.json"))
+        self._records.pop(key, None)
+        self._unreadable.discard(key)
+
+
+def parse_record(values: dict[str, Any]) -> VolumeRecord:
+    """Return the record that a driver of any version wrote. Raises KeyError, TypeError, ValueError for what is none. Pure."""
+    known = {one.name for one in fields(VolumeRecord)}
+    taken = {key: value for key, value in values.items() if key in known}
+    record = VolumeRecord(**{**taken, "spec": VolumeSpec.from_json(values["spec"])})
+    texts = (record.volume_id, record.target, record.digest, record.mount_key)
+    tables = (record.pod, record.models, *record.models.values())
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):
+        raise TypeError("a field is of another kind")
+    for model in record.models.values():
+        VolumeSpec.from_json(model["spec"])
+        if not isinstance(model["digest"], str) or not isinstance(model["mount_key"], str):
+            raise TypeError("a model's field is of another kind")
+    return record

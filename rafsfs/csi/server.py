@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from concurrent import futures
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -54,17 +54,26 @@ class Bridge:
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
 
-    def run(self, context: grpc.ServicerContext, function: Callable[[], Awaitable[_T]]) -> _T:
-        """Run an async function within the call's deadline; end the call with the code of what it raises."""
+    def run(
+        self,
+        context: grpc.ServicerContext,
+        function: Callable[[], Awaitable[_T]],
+        reporting: AbstractContextManager[None] | None = None,
+    ) -> _T:
+        """Run an async function within the call's deadline; end the call with the code of what it raises.
+
+        `reporting` is told of every error, that of the deadline too.
+        """
         left = context.time_remaining()
         limit = CALL_S if left is None else min(CALL_S, left)
 
         async def bounded() -> _T:
-            with trio.move_on_after(limit):
-                return await function()
-            raise DeadlineError(
-                f"the call was not done within {limit:.0f} s; it goes on where it was when it is repeated"
-            )
+            with reporting or nullcontext():
+                with trio.move_on_after(limit):
+                    return await function()
+                raise DeadlineError(
+                    f"the call was not done within {limit:.0f} s; it goes on where it was when it is repeated"
+                )
 
         try:
             return trio.from_thread.run(bounded, trio_token=self._token)
@@ -175,20 +184,19 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
     def NodePublishVolume(self, request: pb.NodePublishVolumeRequest, context: Any) -> pb.NodePublishVolumeResponse:
         """Mount a volume for a pod."""
+        attributes = dict(request.volume_context)
 
         async def work() -> None:
             check(request.volume_id, "volume_id is missing")
             check(len(request.volume_id) <= _MOST_ID, f"volume_id is longer than {_MOST_ID} bytes")
             target = _path(request.target_path, "target_path")
             check(request.HasField("volume_capability"), "volume_capability is missing")
-            attributes = dict(request.volume_context)
-            with self._node.events.reporting(attributes):
-                flags = check_capability(request.volume_capability)
-                spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
-                publish = self._node.publish_dynamic if spec.dynamic else self._node.publish
-                await publish(request.volume_id, target, spec, dict(request.secrets), attributes)
+            flags = check_capability(request.volume_capability)
+            spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
+            publish = self._node.publish_dynamic if spec.dynamic else self._node.publish
+            await publish(request.volume_id, target, spec, dict(request.secrets), attributes)
 
-        self._bridge.run(context, work)
+        self._bridge.run(context, work, self._node.events.reporting(attributes))
         return pb.NodePublishVolumeResponse()
 
     def NodeUnpublishVolume(

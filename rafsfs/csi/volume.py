@@ -12,7 +12,7 @@ import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from ..errors import UsageError
@@ -70,8 +70,18 @@ class VolumeSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> VolumeSpec:
-        """Return it from plain values. Raises TypeError for what is none."""
-        return cls(**{**values, "include": tuple(values["include"]), "exclude": tuple(values["exclude"])})
+        """Return it from plain values, of whatever version: keys that are not known are passed over, missing ones have their default.
+
+        Raises TypeError for what is none.
+        """
+        known: dict[str, Any] = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        for key in ("include", "exclude"):
+            known[key] = tuple(known.get(key, ()))
+        spec = cls(**known)
+        texts = (spec.ref, spec.prefetch, spec.mode, spec.sub_path, spec.platform, spec.token_audience)
+        if not all(isinstance(text, str) for text in (*texts, *spec.include, *spec.exclude)):
+            raise TypeError("a field of a volume is no text")
+        return spec
 
 
 def parse_attributes(

@@ -105,6 +105,8 @@ class DaemonSettings:
     """Where registries are mirrored for programs that know nothing of us; None: nowhere."""
     keeps_images: bool = False
     """Whether all images in the cache are offered to others from the start, mounted or not: a seed."""
+    external_holder: bool = False
+    """Whether somebody else runs the holder of this cache directory (`rafs holder`), and it is never started here."""
     metrics: tuple[str, int] | None = None
     """Host and port of /metrics and /healthz; None: not served."""
     quota: Quota | None = None
@@ -148,7 +150,7 @@ class Daemon:
         self._cached_bytes = 0
         self.metrics_port = 0
         self._ladder: Ladder | None = None
-        self._holdings = Holdings(cache.path, daemon_argv(cache.path))
+        self._holdings = Holdings(cache.path, daemon_argv(cache.path), may_start=not settings.external_holder)
         self._log_path = os.path.join(cache.path, "daemon.log")
         self._restored = trio.Event()
         self.stop_requested = trio.Event()

@@ -1,6 +1,7 @@
 """The process that keeps descriptors alive when those who use them die. Run by path, with the bare interpreter and no module of ours.
 
-`holder.py SOCKET LOG`: listens on SOCKET (SOCK_SEQPACKET, 0600, root or its own user only). One message, one answer:
+`holder.py SOCKET LOG [stay]`: listens on SOCKET (SOCK_SEQPACKET, 0600, root or its own user only). One message, one answer, the same
+in every version, since holder and daemon may be of different ones:
 
     put NAME + descriptor   ok          drop NAME   ok          argv A\\0B\\0C   ok: how to start a daemon
     get NAME                ok + descriptor, or none            list           names, one a line
@@ -8,10 +9,13 @@
 
 Decided here: when a daemon is started. Nobody else would do it when daemon and worker are gone, and readers would wait for ever. So: when
 the last connection ends without `rest`, or a process dies whose pidfd is held as `pid/...`, and nobody is connected; again after a
-growing pause until somebody connects. Rules: descriptors are never used but for poll on `pid/...`; any fault in a message ends that
-connection only; SIGTERM, SIGINT and SIGHUP are ignored, so that what ends a group of processes does not end this one.
+growing pause until somebody connects. With `stay`, where a supervisor looks after daemon and holder (containers in pods of their own),
+it starts none, serves until SIGTERM, and takes the place of a socket that was left over. Rules: descriptors are never used but for poll
+on `pid/...`; any fault in a message ends that connection only; SIGTERM, SIGINT and SIGHUP are ignored but with `stay`, so that what ends
+a group of processes does not end this one.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -27,9 +31,10 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 class Holder:
     """What is held, who is connected."""
 
-    def __init__(self, path: str, log: str) -> None:
+    def __init__(self, path: str, log: str, *, stay: bool) -> None:
         self.path = path
         self.log = log
+        self.stay = stay
         self.held: dict[str, int] = {}
         self.connections: dict[int, socket.socket] = {}
         self.argv: list[str] = []
@@ -41,6 +46,9 @@ class Holder:
     def listen(self) -> socket.socket:
         directory = os.open(os.path.dirname(self.path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if self.stay:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.basename(self.path), dir_fd=directory)
         old = os.umask(0o177)
         try:
             listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(self.path)}")
@@ -53,7 +61,7 @@ class Holder:
     def run(self) -> None:
         """Serve until there is nothing to hold and nobody to serve."""
         connected_once = False
-        while self.held or self.connections or not connected_once:
+        while self.stay or self.held or self.connections or not connected_once:
             poller = select.poll()
             poller.register(self.listener, select.POLLIN)
             for number in self.connections:
@@ -126,6 +134,9 @@ class Holder:
         return "ok", []
 
     def start_daemon(self) -> None:
+        if self.stay:
+            self.resting = True
+            return
         self.start_at = time.monotonic() + self.pause
         self.pause = min(self.pause * 2, LONGEST_PAUSE_S)
         if not self.argv:
@@ -152,15 +163,17 @@ class Holder:
 
 def main() -> None:
     """Run the holder of the socket named on the command line."""
+    stay = sys.argv[3:] == ["stay"]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        # The first process of a container gets no signal that it does not ask for.
+        signal.signal(number, (lambda *_: sys.exit(0)) if stay else signal.SIG_IGN)
     try:
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("-1000")
     except OSError:
         os.getpid()  # without the right to: as killable as anybody
     os.chdir("/")
-    Holder(sys.argv[1], sys.argv[2]).run()
+    Holder(sys.argv[1], sys.argv[2], stay=stay).run()
 
 
 if __name__ == "__main__":

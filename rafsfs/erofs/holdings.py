@@ -33,8 +33,10 @@ _START_S: Final = 10.0
 class Holdings:
     """What the daemon has given into the holder's keeping."""
 
-    def __init__(self, cache_dir: str, daemon_argv: Sequence[str]) -> None:
+    def __init__(self, cache_dir: str, daemon_argv: Sequence[str], *, may_start: bool = True) -> None:
+        """`may_start`: a holder is started when there is none; else somebody else runs it (`rafs holder`), and it is waited for."""
         self._cache_dir = cache_dir
+        self._may_start = may_start
         self._argv = list(daemon_argv)
         self._line: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,6 +121,7 @@ class Holdings:
                 _log.warning("holder died, starting another: descriptors=%d", len(self._held))
                 try:
                     await self._renew()
+                    _log.info("another holder has the descriptors: number=%d", len(self._held))
                 except MountError as error:
                     _log.error("no holder: %s", error)
                     self._connected.set()  # try again
@@ -149,6 +152,9 @@ class Holdings:
         with suppress(OSError):
             self._connect()
             return
+        if not self._may_start:
+            await self._wait_for_one()
+            return
         path = os.path.join(self._cache_dir, "holder.sock")
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -163,6 +169,17 @@ class Holdings:
                     return
                 await trio.sleep(0.005)
         raise MountError(f"the holder of {self._cache_dir} does not start; see {log}")
+
+    async def _wait_for_one(self) -> None:
+        with trio.move_on_after(_START_S):
+            while True:
+                with suppress(OSError):
+                    self._connect()
+                    return
+                await trio.sleep(0.1)
+        raise MountError(
+            f"no holder of {self._cache_dir} answered within {_START_S:g} s; this daemon was told not to start one: run `rafs holder`"
+        )
 
     def _connect(self) -> None:
         directory = os.open(self._cache_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import kubernetes_validate
 import pytest
 import trio
@@ -21,9 +22,16 @@ import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rafsfs.csi._pb import csi_pb2 as pb
+from rafsfs.csi._pb import csi_pb2_grpc
 from rafsfs.csi.codes import Code, CsiError
 from rafsfs.csi.events import AGAIN_S, ApiAccess, Events, Limits, News, event_of, find_access, news_of
+from rafsfs.csi.mounts import SharedMounts
+from rafsfs.csi.node import Node
+from rafsfs.csi.server import serve
 from rafsfs.errors import UnavailableError
+from rafsfs.registry.options import RegistryOptions
+from tests.support.kubelet import mount_capability
 
 POD = {"namespace": "models", "name": "vllm-0", "uid": "0f1e2d3c-aaaa-bbbb-cccc-000000000001"}
 ATTRIBUTES = {f"csi.storage.k8s.io/pod.{key}": value for key, value in POD.items()}
@@ -197,3 +205,48 @@ def test_news_are_few_and_not_repeated(arrivals: list[tuple[int, float]]) -> Non
             times.append(now)
     for start in times:
         assert len([t for t in times if start <= t <= start + 60]) <= 20 + 12 + 1
+
+
+@pytest.mark.io
+async def test_a_publish_that_runs_into_its_deadline_is_an_event_on_its_pod(tmp_path: Path) -> None:
+    """A registry that takes the connection and says nothing; the kubelet's deadline comes before ours."""
+    endpoint = f"unix://{tmp_path}/csi.sock"
+    silent = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = silent[0].socket.getsockname()[1]
+    options = RegistryOptions()
+    with running_api(tmp_path) as api:
+        events = Events(api.access, "csi.rafs.dev", "node-1")
+        mounts = SharedMounts(str(tmp_path / "csi"), str(tmp_path), options, scheduler="", may_start=False)
+        node = Node(str(tmp_path / "csi"), mounts, loopback=True, events=events)
+        request = pb.NodePublishVolumeRequest(
+            volume_id="csi-1",
+            target_path=str(tmp_path / "target"),
+            volume_capability=mount_capability(),
+            volume_context={
+                "ref": f"127.0.0.1:{port}/model:v1",
+                "csi.storage.k8s.io/ephemeral": "true",
+                **ATTRIBUTES,
+            },
+        )
+
+        def publish() -> grpc.StatusCode:
+            with grpc.insecure_channel(endpoint) as channel, pytest.raises(grpc.RpcError) as error:
+                csi_pb2_grpc.NodeStub(channel).NodePublishVolume(request, timeout=0.5)
+            code: grpc.StatusCode = error.value.code()  # type: ignore[attr-defined]
+            return code
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(events.run)
+            serving = trio.Event()
+            nursery.start_soon(
+                lambda: serve(
+                    endpoint, name="n", node_id="1", node=node, controller=None, loopback=True, ready=serving.set
+                )
+            )
+            await serving.wait()
+            assert await trio.to_thread.run_sync(publish) is grpc.StatusCode.DEADLINE_EXCEEDED
+            await api.wait()
+            nursery.cancel_scope.cancel()
+    await silent[0].aclose()
+    assert [body["reason"] for _, _, body in api.posts] == ["ModelPublishFailed"]
+    assert "the call was not done within" in api.posts[0][2]["message"]

@@ -159,6 +159,21 @@ def test_mounts_reach_the_node_as_the_tests_of_the_driver_have_it(documents: lis
             assert container["securityContext"].get("privileged", False) == bool(shared)
 
 
+def test_mounts_have_a_holder_in_a_pod_of_its_own(documents: list[dict[str, Any]]) -> None:
+    holder = named(documents, "DaemonSet", "-holder")["spec"]["template"]["spec"]
+    daemon = named(documents, "DaemonSet", "-node")["spec"]["template"]["spec"]
+    started = parse_arguments(daemon["containers"][0]["args"]).params
+    assert started["external_holder"]
+    assert parse_arguments(holder["containers"][0]["args"]).params["cache_dir"] == started["cache_dir"]
+    assert holder["tolerations" if "tolerations" in daemon else "nodeSelector"] == daemon.get(
+        "tolerations", daemon.get("nodeSelector")
+    )
+    (mount,) = holder["containers"][0]["volumeMounts"]
+    # One of its own that unmounts do not reach would keep every mount for ever.
+    assert mount["mountPropagation"] == "HostToContainer"
+    assert holder["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_only_what_mounts_is_root_and_only_the_driver_reaches_the_api(documents: list[dict[str, Any]]) -> None:
     for document, spec in pod_specs(documents):
         if document["kind"] != "DaemonSet":
@@ -179,6 +194,7 @@ def test_only_what_mounts_is_root_and_only_the_driver_reaches_the_api(documents:
 
 def test_an_upgrade_replaces_the_driver_but_no_node_daemon(documents: list[dict[str, Any]]) -> None:
     assert named(documents, "DaemonSet", "-node")["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    assert named(documents, "DaemonSet", "-holder")["spec"]["updateStrategy"] == {"type": "OnDelete"}
     assert named(documents, "DaemonSet", "-csi")["spec"]["updateStrategy"]["type"] == "RollingUpdate"
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -19,13 +21,17 @@ from typing import Any
 
 import grpc
 
+import rafsfs
 from rafsfs.csi._pb import csi_pb2 as pb
 from rafsfs.csi._pb import csi_pb2_grpc
 
-from .processes import Node, mountpoints_below, output_within, running_node, wait_for
+from .processes import Node, kill, mountpoints_below, output_within, running_node, wait_for
 
 CALL_S = 60.0
+GRACE_S = 30.0
 BIDIRECTIONAL = ("unshare", "--mount", "--propagation", "unchanged", "--")
+CONTAINER = (*BIDIRECTIONAL[:-1], "--pid", "--fork", "--kill-child", "--mount-proc", "--")
+"""With process ids of its own: all that runs in it ends when its first process does."""
 HOST_TO_CONTAINER = ("unshare", "--mount", "--propagation", "slave", "--")
 
 
@@ -34,6 +40,21 @@ def mount_capability(*flags: str, mode: int = pb.VolumeCapability.AccessMode.SIN
     return pb.VolumeCapability(
         mount=pb.VolumeCapability.MountVolume(mount_flags=flags), access_mode=pb.VolumeCapability.AccessMode(mode=mode)
     )
+
+
+def install(directory: Path, version: str) -> dict[str, str]:
+    """Install the project once more under another version number; return the environment that runs it: as `pip install --target`,
+    its dependencies those of this interpreter.
+    """
+    root = Path(__file__).parents[2]
+    for package in ("rafsfs", "builder", "p2p", "scheduler", "cli"):
+        shutil.copytree(root / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    module = directory / "rafsfs" / "__init__.py"
+    text = module.read_text()
+    changed = text.replace(f'"{rafsfs.__version__}"', f'"{version}"')
+    assert changed != text
+    module.write_text(changed)
+    return {"PYTHONPATH": str(directory)}
 
 
 class Kubelet:
@@ -47,11 +68,12 @@ class Kubelet:
         self._options = options
         self.driver: subprocess.Popen[bytes] | None = None
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._holder: subprocess.Popen[bytes] | None = None
         self.pages = 0
         self._channel: grpc.Channel | None = None
 
-    def start(self, *options: str) -> None:
-        """Start a driver; of one that was killed, the next."""
+    def start(self, *options: str, installed: Mapping[str, str] | None = None) -> None:
+        """Start a driver; of one that was killed, the next. `installed`: by another installation (`install`)."""
         command = (
             "csi",
             "--endpoint",
@@ -65,35 +87,76 @@ class Kubelet:
         arguments = (*command, "--http", "127.0.0.1:0", *self._options, *options)
         with (self.home / "driver.log").open("ab") as log:
             self.driver = subprocess.Popen(
-                [*BIDIRECTIONAL, *self.node.command(*arguments)],
+                [*BIDIRECTIONAL, *self._command(installed, *arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=self.node.env,
+                env={**self.node.env, **(installed or {})},
+                cwd=self.home,
             )
         said = output_within(self.driver, b"serving", 90)
         self.pages = int(said.split(b"port ")[1].split()[0])
         self.disconnect()
         self._channel = grpc.insecure_channel(f"unix://{self.socket}")
 
-    def start_daemon(self) -> None:
-        """Start the node daemon where it runs in a cluster: in a container of its own."""
-        self._end_daemon()
+    def _command(self, installed: Mapping[str, str] | None, *arguments: str | Path) -> list[str]:
+        if installed is None:
+            return self.node.command(*arguments)
+        return [sys.executable, "-m", "rafsfs", *map(str, arguments)]
+
+    def start_holder(self) -> None:
+        """Start a holder in a container of its own; `end_holder` or `close` ends it."""
         with (self.home / "daemon.log").open("ab") as log:
-            self._daemon = subprocess.Popen(
-                [*BIDIRECTIONAL, *self.node.command("daemon", "--cache-dir", self.node.cache)],
+            self._holder = subprocess.Popen(
+                [*CONTAINER, *self.node.command("holder")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self.node.env,
             )
+        wait_for((self.node.cache / "holder.sock").exists, "the holder's socket", 30)
+
+    def end_holder(self) -> None:
+        """End it as Kubernetes does."""
+        if self._holder is not None:
+            _end_container(self._holder)
+            self._holder = None
+
+    def start_daemon(self, *options: str, installed: Mapping[str, str] | None = None, container: bool = False) -> None:
+        """Start the node daemon where it runs in a cluster: with `container`, in process ids of its own."""
+        self.end_daemon()
+        inside = CONTAINER if container else BIDIRECTIONAL
+        with (self.home / "daemon.log").open("ab") as log:
+            self._daemon = subprocess.Popen(
+                [*inside, *self._command(installed, "daemon", "--cache-dir", self.node.cache, *options)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**self.node.env, **(installed or {})},
+                cwd=self.home,
+            )
         wait_for((self.node.cache / "daemon.sock").exists, "the daemon's socket", 30)
 
-    def _end_daemon(self) -> None:
+    def end_daemon(self) -> None:
+        """SIGKILL to the daemon itself; workers stay."""
         if self._daemon is not None:
             self._daemon.kill()
             self._daemon.wait(10)
             self._daemon = None
+
+    def end_daemon_pod(self) -> None:
+        """End a daemon that runs in a container as Kubernetes does: SIGTERM to its first process, then everything in it is gone."""
+        assert self._daemon is not None
+        _end_container(self._daemon)
+        self._daemon = None
+
+    def stop_driver(self) -> None:
+        """Stop the driver as Kubernetes does: SIGTERM, then SIGKILL after the time of grace."""
+        assert self.driver is not None
+        self.driver.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.driver.wait(GRACE_S)
+        self.kill_driver()
 
     def kill_driver(self) -> None:
         """SIGKILL."""
@@ -165,7 +228,7 @@ class Kubelet:
         """Run a Python program in a mount namespace of its own, as a pod that has the volume as its argument."""
         process = subprocess.Popen(
             [*HOST_TO_CONTAINER, sys.executable, "-c", program, str(target)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         try:
@@ -173,7 +236,9 @@ class Kubelet:
         finally:
             process.kill()
             process.wait(10)
+            assert process.stdin is not None
             assert process.stdout is not None
+            process.stdin.close()
             process.stdout.close()
 
     def close(self) -> None:
@@ -181,10 +246,19 @@ class Kubelet:
         self.disconnect()
         if self.driver is not None:
             self.kill_driver()
-        self._end_daemon()
+        self.end_daemon()
+        if self._holder is not None:
+            self._holder.kill()
+            self._holder.wait(10)
         for _ in range(3):
             for place in mountpoints_below(self.home):
                 subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
+
+
+def _end_container(outer: subprocess.Popen[bytes]) -> None:
+    first = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()[0])
+    kill(first, signal.SIGTERM, timeout_s=GRACE_S)
+    outer.wait(10)
 
 
 @contextlib.contextmanager
