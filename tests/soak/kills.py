@@ -1,8 +1,9 @@
 """Kills of every process of a node, under readers, in each mode: `python -m tests.soak.kills --mode lazy --kills 200 --seed 1`.
 
-Each round mounts a cold cache behind a slow registry, so that kills meet reads that miss; readers compare every byte, by read and by mmap.
-After each kill the node must come back by itself (where docs/mounts.md says that a command is needed, one is run). Never killed
-together: all three of kernel mode, whose result is documented and tested apart.
+Each round mounts a cold cache behind a slow registry, so that kills meet reads that miss, beside one file that is fetched first, whose
+readers wait for nobody but our processes: their longest read over a kill is its *stall*. Readers compare every byte. After each kill the
+node must come back by itself (where docs/mounts.md says that a command is needed, one is run), and errors may come only over kills
+for which docs/mounts.md names them. Never killed together: all three of kernel mode, whose result is documented and tested apart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import os
 import random
 import signal
-import subprocess
+import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -21,20 +23,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final
 
+import trio
+
+from rafsfs.daemon.connection import open_connection
+from rafsfs.erofs.generation import from_record
+from rafsfs.errors import DaemonError
 from tests.e2e.wire import wire_to
 from tests.support.processes import Node, is_alive, read_within, running_node, wait_for
 from tests.support.registry import running_registry
 
-_READER = Path(__file__).with_name("reader.py")
+from .readers import Job, Readers, Seen
+
 _MIB = 1 << 20
-FILES = {"first.bin": 24 * _MIB, "second.bin": 12 * _MIB}
+FILES = {"first.bin": 12 * _MIB, "second.bin": 6 * _MIB}
+PRESENT = {"present.bin": 4 * _MIB}
+"""Read before the kills begin."""
 UNREAD = {"unread.bin": 2 * _MIB}
 """Never read, so that the image stays incomplete and the mode what it is."""
-RATE = 8e6
+RATE = 1.5e6
+"""Bytes a second from the registry: the files take as long as a round."""
+FULL = 1e12
+"""Before the kills of a round and after them."""
+CHUNK = "256KiB"
 PER_ROUND = 10
 BACK_S = 30.0
-VICTIMS = {
+COMMAND_S = 0.5
+"""Before a command is run, where one is needed."""
+VICTIMS: Final[dict[str, list[tuple[str, ...]]]] = {
     "fuse": [("daemon",), ("worker",), ("daemon", "worker"), ("worker", "daemon")],
     "erofs": [("daemon",)],
     "lazy": [
@@ -46,162 +63,220 @@ VICTIMS = {
         ("daemon", "holder"), ("holder", "daemon"),
     ],
 }  # fmt: skip
-NAMES = {"daemon": "rafsfs daemon", "worker": ".worker", "holder": "holder.py"}
+NAMES = {"daemon": "rafsfs daemon", "holder": "holder.py"}
+
+
+def comes_back_by_itself(mode: str, victims: set[str]) -> bool:
+    """Tell whether no command is needed after these deaths: the holder, or else a live daemon, sees to it (docs/mounts.md)."""
+    return mode in {"lazy", "kernel"} and not victims >= {"holder", "daemon"}
+
+
+def may_fail(mode: str, victims: set[str]) -> bool:
+    """Tell whether docs/mounts.md names errors for these deaths."""
+    return {
+        "fuse": "worker" in victims,
+        "erofs": False,
+        "lazy": victims == {"worker", "holder", "daemon"},
+        "kernel": "worker" in victims,
+    }[mode]
+
+
+@dataclass
+class Kill:
+    """One kill: who, from when until the node was whole again."""
+
+    victims: tuple[str, ...]
+    started: float
+    whole: float = 0.0
 
 
 @dataclass
 class Report:
     """What came of it."""
 
-    kills: int = 0
-    by_victims: Counter[str] = field(default_factory=Counter)
-    reads: int = 0
-    errors: int = 0
-    """Reads or opens that failed with an errno."""
-    sigbus: int = 0
-    errors_where_none_may_be: int = 0
-    longest_stall_s: float = 0.0
+    kills: list[Kill] = field(default_factory=list)
+    seen: Seen = field(default_factory=Seen)
     wrong: list[str] = field(default_factory=list)
 
-
-class _Readers:
-    """Readers of a mount, started again when a SIGBUS ends one."""
-
-    def __init__(self, source: Path, mounted: Path, seed: int, report: Report) -> None:
-        self._report = report
-        self._jobs = [
-            (str(source / name), str(mounted / name), str(seed * 10 + number), way)
-            for number, (name, way) in enumerate((n, w) for n in FILES for w in ("read", "mmap"))
+    def misplaced(self, mode: str) -> list[str]:
+        """Return the errors where none may be: of operations over no kill that may cause them."""
+        allowed = [kill for kill in self.kills if may_fail(mode, set(kill.victims))]
+        return [
+            f"{one.job.way} of {one.job.mounted.name} at {one.started:.3f} for {one.seconds:.3f} s: errno {one.errno}"
+            for one in self.seen.operations
+            if one.errno and not any(one.overlaps(kill.started, kill.whole) for kill in allowed)
         ]
-        self._running = [self._start(job) for job in self._jobs]
-        self._seen = [{"reads": 0, "errors": 0, "longest_s": 0.0} for _ in self._jobs]
 
-    def _start(self, job: tuple[str, ...]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-S", str(_READER), *job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    def stalls(self, *, present: bool) -> dict[str, list[float]]:
+        """Return for each kind of kill the longest operation over each; `present`: of files that are on the node."""
+        found: dict[str, list[float]] = {}
+        for kill in self.kills:
+            over = [
+                one.seconds
+                for one in self.seen.operations
+                if one.job.is_present == present and one.overlaps(kill.started, kill.whole)
+            ]
+            found.setdefault("+".join(kill.victims), []).append(max(over, default=0.0))
+        return found
 
-    def look(self) -> None:
-        for number, reader in enumerate(self._running):
-            if reader.poll() is None:
-                continue
-            out, said = reader.communicate()
-            self._count(number, out)
-            if reader.returncode == -signal.SIGBUS:
-                self._report.sigbus += 1
-            else:
-                self._report.wrong.append(f"{self._jobs[number]}: {reader.returncode} {said.strip()}")
-            self._running[number] = self._start(self._jobs[number])
+    def summary(self, mode: str) -> dict[str, Any]:
+        """Return the sums."""
+        stalls = self.stalls(present=True)
+        misplaced = self.misplaced(mode)
+        every = [value for values in stalls.values() for value in values]
+        missing = [value for values in self.stalls(present=False).values() for value in values]
+        back = [kill.whole - kill.started for kill in self.kills]
+        return {
+            "mode": mode,
+            "kills": len(self.kills),
+            "by_victims": Counter("+".join(kill.victims) for kill in self.kills),
+            "reads": self.seen.reads,
+            "wrong": [*self.wrong, *self.seen.wrong],
+            "errors": sum(one.errno > 0 for one in self.seen.operations),
+            "sigbus": sum(one.errno < 0 for one in self.seen.operations),
+            "errors_where_none_may_be": len(misplaced),
+            "first_misplaced": misplaced[:3],
+            "stall_s": _spread(every),
+            "stall_by_victims_s": {victims: _spread(values) for victims, values in sorted(stalls.items())},
+            "stall_of_missing_s": _spread(missing),
+            "whole_again_s": _spread(back),
+        }
 
-    def _count(self, number: int, out: str) -> None:
-        for line in out.splitlines()[-1:]:
-            with contextlib.suppress(ValueError):
-                last = json.loads(line)
-                self._report.reads += last["reads"]
-                self._report.errors += last["errors"]
-                self._report.longest_stall_s = max(self._report.longest_stall_s, last["longest_s"])
 
-    def end(self) -> None:
-        self.look()
-        for number, reader in enumerate(self._running):
-            reader.kill()
-            out, _ = reader.communicate(timeout=20)
-            self._count(number, out)
+def _spread(values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {"median": round(statistics.median(values), 3), "worst": round(max(values), 3)}
 
 
 def _pids(node: Node, role: str) -> list[int]:
-    if role == "worker":
-        return node.worker_pids()
-    return node.processes(NAMES[role])
+    return node.worker_pids() if role == "worker" else node.processes(NAMES[role])
 
 
-def _whole(node: Node, mode: str, rng: random.Random) -> None:
-    """Wait until the node is as it should be; run a command if it does not come to be so by itself."""
+def _wait_whole(node: Node, mode: str, *, by_itself: bool) -> None:
+    """Wait until the node is as it should be. Raises TimeoutError."""
     roles = {"fuse": ("daemon", "worker"), "erofs": ("daemon",)}.get(mode, ("daemon", "worker", "holder"))
     end = time.monotonic() + BACK_S
-    asked_at = time.monotonic() + 3.0
-    while not all(_pids(node, role) for role in roles):
+    asked_at = time.monotonic() + COMMAND_S
+    while not (
+        all(_pids(node, role) for role in roles) and _answers(node) and (mode in {"fuse", "erofs"} or _is_held(node))
+    ):
         if time.monotonic() > end:
-            raise TimeoutError(
-                f"{mode}: not back within {BACK_S:g} s: { {r: _pids(node, r) for r in roles} }\n{node.log()}"
-            )
-        if time.monotonic() > asked_at:
+            found = {role: _pids(node, role) for role in roles}
+            raise TimeoutError(f"{mode}: not back within {BACK_S:g} s: {found}, held: {_held(node)}\n{node.log()}")
+        if not by_itself and time.monotonic() > asked_at:
             node.run("status", timeout_s=BACK_S)
             asked_at = time.monotonic() + 5.0
         time.sleep(0.02)
-    if mode in {"lazy", "kernel"}:
-        # A copy of every descriptor is with holder and daemon again: `status` waits for what was taken over.
-        node.run("status", timeout_s=BACK_S)
-        time.sleep(0.3)
 
 
-def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report) -> None:
+def _answers(node: Node) -> bool:
+    """Tell whether the daemon has taken over its mounts, and all are ready."""
+
+    async def ask() -> bool:
+        with contextlib.suppress(DaemonError), trio.move_on_after(1):
+            async with open_connection(str(node.cache)) as connection:
+                found = await connection.call("status", {})
+                return all(mount["state"] == "ready" for mount in found["mounts"])
+        return False
+
+    return trio.run(ask)
+
+
+def _is_held(node: Node) -> bool:
+    """Tell whether the holder has again what every generation on record needs."""
+    wanted: set[str] = set()
+    for path in node.mount_records():
+        with contextlib.suppress(OSError, ValueError):
+            spec = json.loads(path.read_bytes())
+            for record in filter(None, map(from_record, spec["generations"])):
+                wanted |= {*record.held_names(spec["id"]), record.pid_name(spec["id"]), *record.names}
+    return bool(wanted) and wanted <= _held(node)
+
+
+def _held(node: Node) -> set[str]:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+            line.settimeout(5)
+            line.connect(str(node.cache / "holder.sock"))
+            line.send(b"list")
+            return set(line.recv(1 << 20).decode().split())
+    except OSError:
+        return set()
+
+
+def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report, until: float) -> None:
     rng = random.Random(seed)
     source = home / "source"
     source.mkdir()
-    for name, size in {**FILES, **UNREAD}.items():
+    for name, size in {**FILES, **PRESENT, **UNREAD}.items():
         (source / name).write_bytes(rng.randbytes(size))
-    with running_registry(home / "registry") as registry, wire_to(registry.port, bytes_per_s=RATE) as wire:
+    with running_registry(home / "registry") as registry, wire_to(registry.port, bytes_per_s=FULL) as wire:
         direct, slow = f"localhost:{registry.port}/soak/image:v1", f"localhost:{wire.port}/soak/image:v1"
         with running_node(home / "builder") as builder:
-            builder.build(source, direct)
+            builder.build(source, direct, "--chunking", "fixed", "--chunk-size", CHUNK)
         number = 0
-        while report.kills < kills and not report.wrong:
+        while len(report.kills) < kills and not report.wrong and not report.seen.wrong and time.monotonic() < until:
             number += 1
-            with running_node(home / f"round{number}") as node:
+            place = home / f"round{number}"
+            with running_node(place) as node:
                 if mode == "erofs":
                     node.rafs("pull", direct, timeout_s=120)
-                    mounted = node.mount(direct, "mnt", "--mode", "erofs")
-                else:
-                    mounted = node.mount(slow, "mnt", "--mode", mode, "--deadline", "30")
-                readers = _Readers(source, mounted, seed * 1000 + number, report)
+                reference = direct if mode == "erofs" else slow
+                mounted = node.mount(reference, "mnt", "--mode", mode, "--deadline", "30")
+                for name, size in PRESENT.items():
+                    read_within(mounted / name, 0, size, 60)
+                wire.bytes_per_s = RATE
+                jobs = [
+                    Job(source / n, mounted / n, seed, w, is_present=False) for n in FILES for w in ("read", "mmap")
+                ]
+                jobs += [Job(source / name, mounted / name, seed, "drop", is_present=True) for name in PRESENT]
+                readers = Readers(jobs, place, report.seen)
                 try:
-                    for _ in range(min(PER_ROUND, kills - report.kills)):
+                    for _ in range(min(PER_ROUND, kills - len(report.kills))):
                         _kill_some(node, mode, rng, report, readers)
-                    readers.look()
                 finally:
                     readers.end()
-                for name, size in FILES.items():
-                    got = wait_for(lambda p=mounted / name, s=size: _read_or_none(p, s), f"{name} can be read", 60)  # type: ignore[misc]
-                    if got != (source / name).read_bytes():
+                    wire.bytes_per_s = FULL
+                for name, size in {**FILES, **PRESENT}.items():
+                    if read_within(mounted / name, 0, size, 60) != (source / name).read_bytes():
                         report.wrong.append(f"round {number}: {name} differs at the end")
-                node.rafs("umount", mounted, "--lazy")
+                node.rafs("umount", mounted)
+                wait_for(lambda node=node: not node.mount_records() and not node.worker_pids(), "nothing is left", 20)  # type: ignore[misc]
                 if "Traceback" in node.log() or "BREACH" in node.log():
                     report.wrong.append(f"round {number}: {node.log()[-4000:]}")
 
 
-def _read_or_none(path: Path, size: int) -> bytes | None:
-    """Read a file; None while the mount is on its way back, which by pyfuse3 takes it out of the tree for a moment."""
-    try:
-        return read_within(path, 0, size, 60)
-    except OSError:
-        return None
-
-
-def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, readers: _Readers) -> None:
+def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, readers: Readers) -> None:
     victims = rng.choice(VICTIMS[mode])
     time.sleep(rng.uniform(0.02, 0.5))
     pause = rng.choice((0.0, 0.0, 0.01, 0.05))
-    killed = []
-    for role in victims:
-        for pid in _pids(node, role):
+    chosen = [(role, _pids(node, role)) for role in victims]
+    kill = Kill(victims, time.monotonic())
+    report.kills.append(kill)
+    for number, (_, pids) in enumerate(chosen):
+        if number:
+            time.sleep(pause)
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
-        time.sleep(pause)
-    for pid in killed:
-        wait_for(lambda pid=pid: not is_alive(pid), f"{victims} end")  # type: ignore[misc]
-    print(f"{time.strftime('%H:%M:%S')} {report.kills + 1} killed {'+'.join(victims)} {killed}", file=sys.stderr)
-    report.kills += 1
-    report.by_victims["+".join(victims)] += 1
+    for _, pids in chosen:
+        for pid in pids:
+            wait_for(lambda pid=pid: not is_alive(pid), f"{victims} end")  # type: ignore[misc]
+    _wait_whole(node, mode, by_itself=comes_back_by_itself(mode, set(victims)))
+    kill.whole = time.monotonic()
     readers.look()
-    _whole(node, mode, rng)
+    print(
+        f"{kill.started:.3f} {time.strftime('%H:%M:%S')} {len(report.kills)} killed {'+'.join(victims)} {chosen}"
+        f" whole after {kill.whole - kill.started:.2f} s",
+        file=sys.stderr,
+    )
 
 
-def soak(mode: str, kills: int, seed: int, home: Path) -> Report:
-    """Kill until `kills` are done or a byte was wrong; return what came of it."""
+def soak(mode: str, kills: int, seed: int, home: Path, seconds: float = 86400.0) -> Report:
+    """Kill until `kills` are done, a byte was wrong, or the time is over; return what came of it."""
     report = Report()
-    _rounds(mode, kills, seed, home, report)
+    _rounds(mode, kills, seed, home, report, time.monotonic() + seconds)
     return report
 
 
@@ -217,16 +292,14 @@ def main() -> int:
     parser.add_argument("--mode", choices=sorted(VICTIMS), required=True)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=86400.0, help="begin no round after so long")
     options = parser.parse_args()
     started = time.monotonic()
     with _home() as home:
-        report = soak(options.mode, options.kills, options.seed, home)
-    print(
-        json.dumps(
-            {**vars(report), "mode": options.mode, "seed": options.seed, "seconds": round(time.monotonic() - started)}
-        )
-    )
-    return 1 if report.wrong else 0
+        report = soak(options.mode, options.kills, options.seed, home, options.seconds)
+    summary = report.summary(options.mode)
+    print(json.dumps(summary | {"seed": options.seed, "seconds": round(time.monotonic() - started)}))
+    return 1 if summary["wrong"] or summary["errors_where_none_may_be"] else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A reader that does not give up: `python -S reader.py SOURCE MOUNTED SEED WAY`, WAY `read` or `mmap`; runs until it is killed.
+"""A reader that does not give up: `python -S reader.py SOURCE MOUNTED SEED WAY`; runs until it is killed.
 
-Compares random ranges with the source, drops the pages it has read, opens the file anew now and then. An error is counted and read over;
-a byte that differs ends it with 1 and a line. Prints a line of JSON each half second.
+WAY: `read` or `mmap` random ranges, dropping the pages now and then; `drop`: read and drop each time, so that every read asks whoever
+serves the mount. Compares all with the source and opens the file anew now and then. An error is told and read over; a byte that
+differs ends it with 1 and a line. Tells lines of JSON: of each operation that took longer than SLOW_S or failed, [start, seconds,
+errno]; and now and then [now, reads so far]. Times are of the monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -13,7 +15,29 @@ import random
 import sys
 import time
 
-LARGEST = 512 * 1024
+LARGEST = 256 * 1024
+SLOW_S = 0.02
+TELL_S = 0.1
+
+
+class Teller:
+    """What is told, and how many reads there were."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.told = 0.0
+
+    def done(self, started: float, code: int = 0) -> None:
+        now = time.monotonic()
+        self.reads += not code
+        if code or now - started > SLOW_S:
+            self.tell([started, now - started, code])
+        if now - self.told > TELL_S:
+            self.told = now
+            self.tell([now, self.reads])
+
+    def tell(self, what: list[float]) -> None:
+        print(json.dumps(what), flush=True)
 
 
 def main() -> None:
@@ -21,34 +45,32 @@ def main() -> None:
     rng = random.Random(int(seed))
     one = os.open(source, os.O_RDONLY)
     size = os.fstat(one).st_size
-    reads = errors = 0
-    longest = 0.0
-    shown = time.monotonic()
+    teller = Teller()
     while True:
         other = -1
         mapped = None
+        started = time.monotonic()
         try:
             other = os.open(mounted, os.O_RDONLY)
             if way == "mmap":
                 mapped = mmap.mmap(other, size, prot=mmap.PROT_READ)
             for _ in range(rng.randrange(5, 60)):
-                length = min(LARGEST, 4096 << rng.randrange(8))
+                length = min(LARGEST, 4096 << rng.randrange(7))
                 at = rng.randrange(0, size - length) & -4096
                 wanted = os.pread(one, length, at)
                 started = time.monotonic()
                 got = mapped[at : at + length] if mapped is not None else read(other, length, at)
-                longest = max(longest, time.monotonic() - started)
                 if got != wanted:
                     zeros = sum(not any(got[i : i + 4096]) for i in range(0, length, 4096))
                     sys.exit(f"wrong bytes in [{at}, {at + length}): {zeros} pages of zeros")
-                reads += 1
-                if rng.random() < 0.3 and mapped is None:
+                teller.done(started)
+                if mapped is None and (way == "drop" or rng.random() < 0.3):
+                    started = time.monotonic()
                     os.posix_fadvise(other, 0, 0, os.POSIX_FADV_DONTNEED)
-                if time.monotonic() - shown > 0.5:
-                    shown = time.monotonic()
-                    print(json.dumps({"reads": reads, "errors": errors, "longest_s": longest}), flush=True)
-        except OSError:
-            errors += 1
+                if way == "drop":
+                    time.sleep(0.002)  # on two cores, so that the others come to read as well
+        except OSError as error:
+            teller.done(started, error.errno or 1)
             time.sleep(0.02)
         finally:
             if mapped is not None:
