@@ -28,6 +28,8 @@ _OURS: Final = re.compile(r"rafs:|/.*/images/[0-9a-f]{64}/bootstrap\.erofs\Z")
 def command(directory: str, lazy: bool, cache_dir: str) -> None:
     """Take the mount on DIRECTORY away and end its worker.
 
+    What a process has open, or has a copy of in a mount namespace of its own, is served until it lets go; who that is is said.
+
     Example: rafs umount /models
     """
     run_async(_umount, mountpoint_of(directory), lazy, cache_dir)
@@ -40,6 +42,9 @@ async def _umount(mountpoint: str, lazy: bool, cache_dir: str) -> None:
         raise MountError(f"{mountpoint} is not a rafs mount; see `rafs status`")
     with suppress(DaemonError):
         async with connect(cache_dir, start=recorded) as connection:
-            await connection.call("umount", {"mountpoint": mountpoint, "lazy": lazy})
+            done = await connection.call("umount", {"mountpoint": mountpoint, "lazy": lazy})
+            if done.get("detached"):
+                kept_by = "; ".join(done.get("kept_by", ())) or "somebody"
+                click.echo(f"{mountpoint} is unmounted here, but served on until it is let go of: {kept_by}", err=True)
             return
     unmount(mountpoint, lazy=lazy)  # left over from a cache directory that is gone, or from another one

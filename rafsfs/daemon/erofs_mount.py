@@ -26,6 +26,7 @@ from ..erofs import fanotify, superblock, syscalls
 from ..erofs.file_map import FileMap, map_files
 from ..erofs.generation import Generation, from_record, promotion
 from ..erofs.holdings import Holdings
+from ..erofs.keepers import keepers
 from ..errors import MountError, RafsError
 from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, unmount
@@ -40,8 +41,8 @@ T = TypeVar("T")
 
 _KERNEL_S: Final = 30.0
 """Longest wait for a mount whose files a worker of ours serves."""
-_LET_GO_S: Final = 2.0
-"""How long `rafs umount` waits for the kernel to let a superblock go before it leaves it to the daemon."""
+_LET_GO_S: Final = (0.3, 1.7)
+"""How long `rafs umount` waits for the kernel to let a superblock go: before it asks whether somebody keeps it; if nobody does, again."""
 _PAUSE_S: Final = (0.02, 2.0)
 """Before a worker that died is replaced: first, longest."""
 _LIVED_S: Final = 1.0
@@ -143,8 +144,8 @@ class ErofsMount(Mount):
     async def stop(self, *, lazy: bool) -> None:
         """Take the mount away. Raises MountError if it is busy and not `lazy`; it then stays.
 
-        Returns when the kernel has let go of it, or after two seconds: what somebody still has open is served on, and
-        `supervise` ends later.
+        Returns when the kernel has let go of it, when somebody keeps it, or after two seconds: what somebody still has open is
+        served on, and `supervise` ends later.
         """
         attached = self._attached()
         top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
@@ -162,10 +163,18 @@ class ErofsMount(Mount):
             self.spec.remove()
             return
         self.spec.save()
-        with trio.move_on_after(_LET_GO_S):
-            while not self.ended.is_set():  # the kernel sends no event when a superblock goes
-                self.look()
-                await trio.sleep(0.01)
+        for wait_s in _LET_GO_S:
+            with trio.move_on_after(wait_s):
+                while not self.ended.is_set():  # the kernel sends no event when a superblock goes
+                    self.look()
+                    await trio.sleep(0.01)
+            if self.ended.is_set() or len(await trio.to_thread.run_sync(self.kept_by)):
+                break
+
+    def kept_by(self) -> list[str]:
+        """Return who keeps the kernel from letting go of a mount that was taken away, some words for each. Blocking."""
+        records = [running.record for running in self._running]
+        return keepers([record.device for record in records], [record.mount_id for record in records])
 
     async def supervise(self) -> None:
         """Keep the mount as good as it can be, until it is unmounted and the kernel has let go of it."""

@@ -409,7 +409,12 @@ class Daemon:
         await mount.stop(lazy=bool(params.get("lazy", False)))
         if mount.ended.is_set():
             self._let_go(mount)  # else `_supervise` does, when the kernel has let go
-        return {"mountpoint": mountpoint}
+            return {"mountpoint": mountpoint, "detached": False, "kept_by": []}
+        return {
+            "mountpoint": mountpoint,
+            "detached": True,
+            "kept_by": await trio.to_thread.run_sync(mount.kept_by),
+        }
 
     async def _status(self, params: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,8 @@ from ..errors import FuseError, MountError, MountpointError
 
 _MNT_DETACH: Final = 2
 _UMOUNT_TIMEOUT_S: Final = 15.0
+_BUSY_S: Final = 0.5
+"""How long a mount may be busy: a look-up that walks through it, or a mount namespace that is being copied, is over in a moment."""
 
 
 def check_mountpoint(path: str) -> None:
@@ -90,9 +93,14 @@ def unmount(path: str, *, lazy: bool = False) -> None:
         return
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) == 0:
-            return
-        code = ctypes.get_errno()
+        end = time.monotonic() + _BUSY_S
+        while True:
+            if libc.umount2(os.fsencode(path), _MNT_DETACH if lazy else 0) == 0:
+                return
+            code = ctypes.get_errno()
+            if code != errno.EBUSY or time.monotonic() > end:
+                break
+            time.sleep(0.02)
     else:
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
         try:

@@ -25,8 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.mount)
-            # A dozen processes on two shared cores: a test whose machine stood still gets a second chance, which the summary shows.
-            item.add_marker(pytest.mark.flaky(reruns=1))
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import trio
 
@@ -48,6 +48,8 @@ FULL = 1e12
 """Before the kills of a round and after them."""
 CHUNK = "256KiB"
 PER_ROUND = 10
+CALM = 0.7
+"""Of the kills, how many wait for readers to go on before the next one; the others may come upon a successor that takes over."""
 BACK_S = 30.0
 COMMAND_S = 0.5
 """Before a command is run, where one is needed."""
@@ -88,6 +90,8 @@ class Kill:
     victims: tuple[str, ...]
     started: float
     whole: float = 0.0
+    is_calm: bool = True
+    """Whether nobody was killed again before the readers went on; its stall is then its own."""
 
 
 @dataclass
@@ -110,7 +114,9 @@ class Report:
     def stalls(self, *, present: bool) -> dict[str, list[float]]:
         """Return for each kind of kill the longest operation over each; `present`: of files that are on the node."""
         found: dict[str, list[float]] = {}
-        for kill in self.kills:
+        for number, kill in enumerate(self.kills):
+            if not kill.is_calm or (number and not self.kills[number - 1].is_calm):
+                continue
             over = [
                 one.seconds
                 for one in self.seen.operations
@@ -153,8 +159,8 @@ def _pids(node: Node, role: str) -> list[int]:
     return node.worker_pids() if role == "worker" else node.processes(NAMES[role])
 
 
-def _wait_whole(node: Node, mode: str, *, by_itself: bool) -> None:
-    """Wait until the node is as it should be. Raises TimeoutError."""
+def _wait_whole(node: Node, mode: str, readers: Readers, *, by_itself: bool, is_calm: bool) -> None:
+    """Wait until the node is as it should be, `is_calm`: and a reader of what is present goes on. Raises TimeoutError."""
     roles = {"fuse": ("daemon", "worker"), "erofs": ("daemon",)}.get(mode, ("daemon", "worker", "holder"))
     end = time.monotonic() + BACK_S
     asked_at = time.monotonic() + COMMAND_S
@@ -168,6 +174,9 @@ def _wait_whole(node: Node, mode: str, *, by_itself: bool) -> None:
             node.run("status", timeout_s=BACK_S)
             asked_at = time.monotonic() + 5.0
         time.sleep(0.02)
+    if is_calm:
+        again = time.monotonic()
+        wait_for(lambda: readers.have_read_present_since(again), f"readers go on\n{node.log()}", BACK_S)
 
 
 def _answers(node: Node) -> bool:
@@ -205,7 +214,7 @@ def _held(node: Node) -> set[str]:
         return set()
 
 
-def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report, until: float) -> None:
+def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report, until: float, log: TextIO | None) -> None:
     rng = random.Random(seed)
     source = home / "source"
     source.mkdir()
@@ -237,14 +246,28 @@ def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report, until:
                         _kill_some(node, mode, rng, report, readers)
                 finally:
                     readers.end()
+                    if log is not None:
+                        log.write(node.log())
                     wire.bytes_per_s = FULL
                 for name, size in {**FILES, **PRESENT}.items():
                     if read_within(mounted / name, 0, size, 60) != (source / name).read_bytes():
                         report.wrong.append(f"round {number}: {name} differs at the end")
-                node.rafs("umount", mounted)
-                wait_for(lambda node=node: not node.mount_records() and not node.worker_pids(), "nothing is left", 20)  # type: ignore[misc]
+                _unmount(node, mounted)
                 if "Traceback" in node.log() or "BREACH" in node.log():
                     report.wrong.append(f"round {number}: {node.log()[-4000:]}")
+
+
+def _unmount(node: Node, mounted: Path) -> None:
+    """Take the mount away; nothing stays of it, unless somebody beside us has a copy in a mount namespace."""
+    done = node.run("umount", mounted)
+    if done.returncode:
+        raise AssertionError(f"umount: {done.stderr}")
+    if "mount namespace that has a copy" not in done.stderr:
+        try:
+            wait_for(lambda: not node.mount_records() and not node.worker_pids(), "nothing is left", 20)
+        except TimeoutError as error:
+            kept_by = node.run("status").stdout
+            raise AssertionError(f"{error}\n{done.stderr}\n{kept_by}\n{node.log()[-6000:]}") from error
 
 
 def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, readers: Readers) -> None:
@@ -252,7 +275,8 @@ def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, reader
     time.sleep(rng.uniform(0.02, 0.5))
     pause = rng.choice((0.0, 0.0, 0.01, 0.05))
     chosen = [(role, _pids(node, role)) for role in victims]
-    kill = Kill(victims, time.monotonic())
+    is_calm = rng.random() < CALM
+    kill = Kill(victims, time.monotonic(), is_calm=is_calm)
     report.kills.append(kill)
     for number, (_, pids) in enumerate(chosen):
         if number:
@@ -263,7 +287,7 @@ def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, reader
     for _, pids in chosen:
         for pid in pids:
             wait_for(lambda pid=pid: not is_alive(pid), f"{victims} end")  # type: ignore[misc]
-    _wait_whole(node, mode, by_itself=comes_back_by_itself(mode, set(victims)))
+    _wait_whole(node, mode, readers, by_itself=comes_back_by_itself(mode, set(victims)), is_calm=is_calm)
     kill.whole = time.monotonic()
     readers.look()
     print(
@@ -273,10 +297,12 @@ def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, reader
     )
 
 
-def soak(mode: str, kills: int, seed: int, home: Path, seconds: float = 86400.0) -> Report:
-    """Kill until `kills` are done, a byte was wrong, or the time is over; return what came of it."""
+def soak(
+    mode: str, kills: int, seed: int, home: Path, *, seconds: float = 86400.0, log: TextIO | None = None
+) -> Report:
+    """Kill until `kills` are done, a byte was wrong, or the time is over; return what came of it. `log` gets the node's log."""
     report = Report()
-    _rounds(mode, kills, seed, home, report, time.monotonic() + seconds)
+    _rounds(mode, kills, seed, home, report, time.monotonic() + seconds, log)
     return report
 
 
@@ -293,10 +319,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=86400.0, help="begin no round after so long")
+    parser.add_argument("--log", type=argparse.FileType("w"), help="write the logs of all daemons there")
     options = parser.parse_args()
     started = time.monotonic()
     with _home() as home:
-        report = soak(options.mode, options.kills, options.seed, home, options.seconds)
+        report = soak(options.mode, options.kills, options.seed, home, seconds=options.seconds, log=options.log)
     summary = report.summary(options.mode)
     print(json.dumps(summary | {"seed": options.seed, "seconds": round(time.monotonic() - started)}))
     return 1 if summary["wrong"] or summary["errors_where_none_may_be"] else 0

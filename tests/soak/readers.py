@@ -69,6 +69,15 @@ class _Reader:
         self.process.wait()
         self.died_at = time.monotonic()
 
+    def last_told(self) -> float:
+        """Return when it last told how far it is."""
+        for line in reversed(self.out.read_bytes().splitlines()):
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                if len(told) == 2:
+                    return float(told[0])
+        return 0.0
+
     def take(self, seen: Seen, *, killed: bool) -> None:
         """Add what a reader that has ended has told."""
         self.thread.join(20)
@@ -110,6 +119,10 @@ class Readers:
             if reader.process.poll() is not None:
                 reader.take(self._seen, killed=False)
                 self._running[number] = self._start(reader.job)
+
+    def have_read_present_since(self, since: float) -> bool:
+        """Tell whether every reader of a present file has read something after a time."""
+        return all(reader.last_told() > since for reader in self._running if reader.job.is_present)
 
     def end(self) -> None:
         """End all. One that waits in the kernel is killed as well."""

@@ -18,7 +18,6 @@ pytestmark = [
 ]
 
 
-@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(
     ("mode", "kills"),
     [

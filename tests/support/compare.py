@@ -39,9 +39,9 @@ def compare_trees(left: Path, right: Path, *, read_whole: int = 1 << 30, content
         shown = os.fsdecode(path) or "."
         differences = [*_stat(one, other, counts_holes), *_xattrs(a, b)]
         # The first name under which an inode was met stands for its hardlink group.
-        first = tuple(
-            group.setdefault((info.st_dev, info.st_ino), path) for group, info in zip(groups, (one, other), strict=True)
-        )
+        # A mount of ours numbers inodes alike in all its generations; its device number changes when it is promoted meanwhile.
+        keys = (one.st_dev, one.st_ino), (0 if counts_holes else other.st_dev, other.st_ino)
+        first = tuple(group.setdefault(key, path) for group, key in zip(groups, keys, strict=True))
         if not stat.S_ISDIR(one.st_mode) and first[0] != first[1]:
             differences.append(f"same inode as {first[0]!r}, other {first[1]!r}")
         if stat.S_IFMT(one.st_mode) == stat.S_IFMT(other.st_mode):
