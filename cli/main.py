@@ -106,6 +106,10 @@ def invoke(arguments: list[str]) -> int:
     """Run one command line; return its exit code. Never raises."""
     try:
         check_siblings()
+        if arguments[:1] == ["daemon"]:
+            from rafsfs.daemon import first_aid  # noqa: PLC0415
+
+            first_aid.give(arguments)
         # Not `main.main`, which has an opinion of its own about a closed output.
         with main.make_context("rafs", arguments) as context:
             code = main.invoke(context)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,10 +30,11 @@ from ..errors import MountError, RafsError
 from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, unmount
 from ..fuse.spec import MountSpec, process_start
+from ..store.boot import boot_id
 from ..store.cache import CachedImage
-from ..store.data_space import DataSpace, boot_id
+from ..store.data_space import DataSpace
 from .mounts import Mount, reap, rss_bytes
-from .spawn import spawn_detached
+from .worker_start import start_worker
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -463,23 +463,9 @@ class ErofsMount(Mount):
 
     async def _spawn_worker(self, running: _Running) -> None:
         record = running.record
-        needed = record.held_names(self.spec.id)
-        files = [record.file_name(self.spec.id, space.space_id.hex()) for space in self._spaces]
-        held = {name: descriptor for name in [*needed, *files] if (descriptor := self._holdings.get(name)) is not None}
-        if not needed or not held.keys() >= set(needed):
-            raise MountError(f"generation {record.number} of {self.spec.mountpoint} has lost what it serves")
-        record.names, record.descriptors = list(held), list(held.values())
-        self._save()  # the worker reads it
-        module = "rafsfs.flat.worker" if record.rung == "lazy" else "rafsfs.erofs.guard"
-        command = [sys.executable, "-m", module, self.spec.path, str(record.number)]
-        command += map(str, record.descriptors[: len(needed)])  # it finds the data files in its record
-        process = spawn_detached(command, self._log_path, pass_fds=record.descriptors)
-        record.worker_pid = process.pid
-        record.worker_start = process_start(process.pid)
-        process.returncode = 0  # collected by `reap`: the object is let go of here
-        self._save()
+        start_worker(self.spec, [one.record for one in self._running], record, self._holdings.get)
         with suppress(ProcessLookupError, MountError):
-            await self._holdings.hold(record.pid_name(self.spec.id), os.pidfd_open(process.pid))
+            await self._holdings.hold(record.pid_name(self.spec.id), os.pidfd_open(record.worker_pid))
 
     async def _adopt(self, running: _Running) -> None:
         """Go on serving what an earlier daemon's generation needs, whose descriptors were recovered before any data file was opened."""

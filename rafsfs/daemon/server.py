@@ -56,6 +56,7 @@ from ..store.data_space import DataSpace
 from ..store.eviction import Quota
 from ..types import BLOCK_SIZE, Digest, align_up
 from ..units import format_size
+from . import first_aid
 from .cache_calls import CacheCalls
 from .connection import socket_path
 from .erofs_mount import ErofsMount
@@ -639,6 +640,7 @@ class Daemon:
     async def recover_descriptors(self) -> None:
         """Get back what processes of an earlier daemon keep. Called before anything that may open a data space."""
         await recover(self._holdings, load_specs(self._cache.path))
+        first_aid.done()
         self._cache.lend = self._holdings.data_file
 
     def hold_recorded(self) -> None:

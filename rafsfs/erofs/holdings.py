@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,10 @@ import trio
 
 from ..daemon.spawn import spawn_detached
 from ..errors import MountError
+from .holder_line import HolderLine
 
 _log = logging.getLogger(__name__)
 
-_ANSWER_S: Final = 5.0
 _START_S: Final = 10.0
 
 
@@ -38,7 +37,7 @@ class Holdings:
         self._cache_dir = cache_dir
         self._may_start = may_start
         self._argv = list(daemon_argv)
-        self._line: socket.socket | None = None
+        self._line: HolderLine | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._turn = trio.Lock()
         self._connected = trio.Event()
@@ -114,7 +113,7 @@ class Holdings:
             line = self._line
             if line is not None:
                 with suppress(trio.ClosedResourceError, OSError):
-                    await trio.lowlevel.wait_readable(line)  # it never speaks first: it has ended
+                    await trio.lowlevel.wait_readable(line.socket)  # it never speaks first: it has ended
             async with self._turn:
                 if not self._held or (self._line is not None and self._line is not line):
                     continue  # let go of on purpose, or replaced already
@@ -182,34 +181,17 @@ class Holdings:
         )
 
     def _connect(self) -> None:
-        directory = os.open(self._cache_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            line.settimeout(_ANSWER_S)
-            line.connect(f"/proc/self/fd/{directory}/holder.sock")
-        except OSError:
-            line.close()
-            raise
-        finally:
-            os.close(directory)
-        self._line = line
-        self._ask("argv " + "\0".join(self._argv))
+        self._line = HolderLine(self._cache_dir, self._argv)
         self._connected.set()
 
     def _ask(self, message: str, *descriptors: int) -> tuple[str, list[int]]:
         if self._line is None:
             raise ConnectionError("not connected")
-        socket.send_fds(self._line, [message.encode()], list(descriptors))
-        data, given, _, _ = socket.recv_fds(self._line, 1 << 20, 1)
-        if not data:
-            raise ConnectionError("it has ended")
-        for descriptor in given:
-            os.set_inheritable(descriptor, False)
-        return data.decode(), given
+        return self._line.ask(message, *descriptors)
 
     def _lost(self) -> None:
         if self._line is not None:
-            trio.lowlevel.notify_closing(self._line)
+            trio.lowlevel.notify_closing(self._line.socket)
             self._line.close()
         self._line = None
         if self._connected.is_set():

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from ..errors import MountError
 from ..fuse.spec import MountSpec, process_start
-from ..store.data_space import boot_id
+from ..store.boot import boot_id
 from . import superblock, syscalls
 from .generation import Generation, from_record
 from .holdings import Holdings

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -27,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from ..errors import CacheBusyError, CacheError, FormatError
+from ..errors import CacheError, FormatError
 from ..format.bootstrap import Bootstrap
 from ..format.chunk_map import ChunkMap
 from ..format.manifest import ImageManifest, parse_manifest
@@ -37,6 +36,7 @@ from .adopt import adopt
 from .chunk_index import ChunkIndex
 from .data_space import DataSpace, create, open_space_directory, remove_tree, replace_file, write_error
 from .eviction import Held
+from .lock import lock_directory
 
 _log = logging.getLogger(__name__)
 _IMAGE_FILES: Final = ("manifest.json", "bootstrap.erofs", "chunkmap")
@@ -131,18 +131,11 @@ class Cache:
             raise CacheError(f"cache directory {path}: {error.strerror}") from error
         if not exclusive:
             return cls(path, -1, None)
-        lock_fd = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_fd = lock_directory(path)
         except OSError as error:
-            holder = os.pread(lock_fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(lock_fd)
-            raise CacheBusyError(
-                f"cache directory {path} is held by another daemon (pid {holder}); use it, or another --cache-dir"
-            ) from error
+            raise CacheError(f"cache directory {path}: {error.strerror}") from error
         try:
-            os.ftruncate(lock_fd, 0)
-            os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
             for part in ("spaces", "images"):
                 for name in os.listdir(os.path.join(path, part)):
                     if ".new-" in name:

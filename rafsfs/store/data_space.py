@@ -29,6 +29,7 @@ from ..errors import CacheError, CacheFullError, FormatError, IntegrityError
 from ..format.codec import chunk_digest
 from ..format.space_table import SpaceTable
 from ..types import BLOCK_SIZE, align_up
+from .boot import boot_id
 
 MISSING: Final = 0
 PRESENT: Final = 1
@@ -36,11 +37,6 @@ DURABLE: Final = 2
 
 RECORD_VERSION: Final = 1
 _log = logging.getLogger(__name__)
-
-
-def boot_id() -> str:
-    """Return the kernel's id of this boot: a page cache survives a process, not a boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class DataSpace:

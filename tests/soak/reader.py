@@ -32,7 +32,7 @@ class Teller:
         self.reads += not code
         if code or now - started > SLOW_S:
             self.tell([started, now - started, code])
-        if now - self.told > TELL_S:
+        if not code and now - self.told > TELL_S:
             self.told = now
             self.tell([now, self.reads])
 
