@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from ..erofs import fanotify, superblock, syscalls
+from ..erofs import superblock, syscalls
 from ..erofs.file_map import FileMap, map_files
 from ..erofs.generation import Generation, from_record, promotion
 from ..erofs.holdings import Holdings
@@ -29,12 +28,12 @@ from ..erofs.keepers import keepers
 from ..errors import MountError, RafsError
 from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, unmount
-from ..fuse.spec import MountSpec, process_start
+from ..fuse.spec import MountSpec
 from ..store.boot import boot_id
 from ..store.cache import CachedImage
 from ..store.data_space import DataSpace
-from .mounts import Mount, reap, rss_bytes
-from .worker_start import start_worker
+from .mounts import Mount, rss_bytes
+from .serving import Running, Serving
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,38 +42,8 @@ _KERNEL_S: Final = 30.0
 """Longest wait for a mount whose files a worker of ours serves."""
 _LET_GO_S: Final = (0.3, 1.7)
 """How long `rafs umount` waits for the kernel to let a superblock go: before it asks whether somebody keeps it; if nobody does, again."""
-_PAUSE_S: Final = (0.02, 2.0)
-"""Before a worker that died is replaced: first, longest."""
-_LIVED_S: Final = 1.0
-"""A worker that lived so long was not killed by what it serves; the pause begins anew."""
-_GIVE_UP: Final = 10
-"""Deaths in a row, each within `_LIVED_S`, after which a flat server is given up and its readers get EIO."""
 _AGAIN_S: Final = 30.0
 """Before a promotion that failed is tried again."""
-
-
-class _Running:
-    """A generation and what this daemon knows of it besides its record."""
-
-    def __init__(self, generation: Generation) -> None:
-        self.record = generation
-        self.flat_mount = -1
-        self.ending = False
-        self.cache_bytes = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether the kernel still has the superblock; true as well before it was made."""
-        return not self.record.superblocks or superblock.is_alive(self.record.superblocks)
-
-    def is_ending(self) -> bool:
-        """Tell whether its worker is to go; read anew after each wait."""
-        return self.ending
-
-    def worker_alive(self) -> bool:
-        """Tell whether the process of its record lives."""
-        pid = self.record.worker_pid
-        return pid > 0 and process_start(pid) == self.record.worker_start
 
 
 class ErofsMount(Mount):
@@ -95,9 +64,17 @@ class ErofsMount(Mount):
         self._image = image
         self._spaces = spaces
         self._holdings = holdings
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._changed = trio.Event()
-        self._nursery: trio.Nursery | None = None
+        self._serving = Serving(
+            spec,
+            spaces,
+            holdings,
+            self._running,
+            changed=self.look,
+            worker_died=self._note_death,
+            failed=self._note_failure,
+        )
         self._promoted_at = -_AGAIN_S
         self._files: FileMap | None = None
         self._numbers = {space.space_id: number for number, space in enumerate(spaces)}
@@ -137,7 +114,7 @@ class ErofsMount(Mount):
                 {"number": running.record.number, "mode": running.record.rung, "worker": running.record.worker_pid}
                 for running in self._running
             ],
-            "devices": [running.record.device for running in self._running if self._is_served(running)],
+            "devices": [running.record.device for running in self._running if self._serving.is_served(running)],
             "breached": any(running.record.breached for running in self._running),
         }
 
@@ -180,7 +157,7 @@ class ErofsMount(Mount):
         """Keep the mount as good as it can be, until it is unmounted and the kernel has let go of it."""
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+                self._serving.nursery = nursery
                 nursery.start_soon(self._map_files)
                 try:
                     await self._begin()
@@ -209,9 +186,9 @@ class ErofsMount(Mount):
         for data in self.spec.generations:
             record = from_record(data)
             if record is not None and record.boot_id == boot_id() and superblock.is_alive(record.superblocks):
-                self._running.append(_Running(record))
+                self._running.append(Running(record))
         for running in self._running:
-            await self._adopt(running)
+            await self._serving.adopt(running)
         if self.spec.detached:
             self.state = "detached"
             return
@@ -219,7 +196,7 @@ class ErofsMount(Mount):
         if attached is not None:
             await trio.to_thread.run_sync(self._finish_replacing, attached)
             top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
-            if top == attached.record.mount_id and not attached.record.breached and self._is_served(attached):
+            if top == attached.record.mount_id and not attached.record.breached and self._serving.is_served(attached):
                 _log.info(
                     "mount adopted: mountpoint=%s mode=%s generation=%d worker=%d",
                     self.spec.mountpoint, attached.record.rung, attached.record.number, attached.record.worker_pid,
@@ -232,7 +209,7 @@ class ErofsMount(Mount):
             await trio.to_thread.run_sync(self._detach)
         await self._make(None)
 
-    def _finish_replacing(self, newest: _Running) -> None:
+    def _finish_replacing(self, newest: Running) -> None:
         """Take away what an earlier daemon had mounted ours beneath, and not got to."""
         older = {running.record.mount_id for running in self._running} - {newest.record.mount_id}
         for _ in older:
@@ -249,9 +226,9 @@ class ErofsMount(Mount):
             return
         attached = self._attached()
         if attached is not None:
-            self._take_marks_away(attached)
+            self._serving.take_marks_away(attached)
             if attached.record.rung == "kernel" and all(attached.record.plain):
-                await self._dismiss_guard(attached)
+                await self._serving.dismiss_guard(attached)
         top = await trio.to_thread.run_sync(superblock.topmost, self.spec.mountpoint)
         if self._is_stopping():  # `stop` came while this task was in the thread
             return
@@ -267,7 +244,7 @@ class ErofsMount(Mount):
                 _log.info("mount replaced: mountpoint=%s because=%s", self.spec.mountpoint, wanted.because)
                 self._promoted_at = now
                 await self._try(partial(self._make, attached))
-            elif not self._is_served(attached) and now - self._promoted_at >= _AGAIN_S:
+            elif not self._serving.is_served(attached) and now - self._promoted_at >= _AGAIN_S:
                 self._promoted_at = now
                 await self._try(partial(self._make, attached))
 
@@ -282,18 +259,18 @@ class ErofsMount(Mount):
             self.reason = ""
             self.state = "ready"
 
-    async def _make(self, replaced: _Running | None) -> None:
+    async def _make(self, replaced: Running | None) -> None:
         """Make a generation and attach it, in the place of another or where nothing is. Raises MountError; nothing is left then."""
         settled = [space.settled for space in self._spaces]
         rung = "erofs" if all(settled) else self.spec.mode if self.spec.mode == "kernel" else "lazy"
         number = 1 + max((running.record.number for running in self._running), default=0)
-        running = _Running(Generation(number, rung, [], 0, boot_id(), settled))
+        running = Running(Generation(number, rung, [], 0, boot_id(), settled))
         self._running.append(running)
         try:
             if rung == "lazy":
-                await self._start_flat(running)
+                await self._serving.start_flat(running)
             elif rung == "kernel":
-                await self._start_guard(running)
+                await self._serving.start_guard(running)
             mount = await self._in_thread(
                 partial(superblock.create, self._image.bootstrap_path, self._devices(running))
             )
@@ -301,7 +278,7 @@ class ErofsMount(Mount):
                 running.record.superblocks = list(mount.superblocks)
                 running.record.mount_id = mount.mount_id
                 running.record.device = mount.device
-                self._save()
+                self._serving.save()
                 superblock.set_read_ahead(mount.superblocks, self.spec.read_ahead_kb)
                 replacing = replaced.record.mount_id if replaced is not None else 0
                 await trio.to_thread.run_sync(
@@ -321,13 +298,13 @@ class ErofsMount(Mount):
                 os.close(running.flat_mount)
                 running.flat_mount = -1
         self.spec.rung = rung
-        self._save()
+        self._serving.save()
         _log.info(
             "mounted: mountpoint=%s mode=%s generation=%d superblock=%s",
             self.spec.mountpoint, rung, number, ",".join(running.record.superblocks),
         )  # fmt: skip
 
-    def _devices(self, running: _Running) -> list[str]:
+    def _devices(self, running: Running) -> list[str]:
         """Return the device paths. A plain file is named by the descriptor whose presence map was looked at."""
         found = []
         for space, plain in zip(self._spaces, running.record.plain, strict=True):
@@ -342,185 +319,14 @@ class ErofsMount(Mount):
             return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
         raise MountError(f"the kernel does not finish mounting {self.spec.mountpoint} within {_KERNEL_S:g} s")
 
-    # ---- what serves a generation ----------------------------------------------------------------------------------
-
-    async def _start_flat(self, running: _Running) -> None:
-        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        options = [
-            ("source", "rafs-flat"),
-            ("fd", str(fuse)),
-            ("rootmode", "40000"),
-            ("user_id", "0"),
-            ("group_id", "0"),
-        ]
-        try:
-            running.flat_mount = syscalls.create_mount("fuse", [*options, ("allow_other", None)])
-        except OSError as error:
-            os.close(fuse)
-            raise MountError(f"no FUSE for the flat server: {error.strerror}") from error
-        (name,) = running.record.held_names(self.spec.id)
-        await self._holdings.hold(name, fuse)
-        self._start_serving(running)
-
-    async def _start_guard(self, running: _Running) -> None:
-        group_name, journal_name = running.record.held_names(self.spec.id)
-        try:
-            group = fanotify.open_group()
-            await self._holdings.hold(group_name, group)
-            await self._holdings.hold(journal_name, fanotify.make_journal())
-            guarded = [space for space, plain in zip(self._spaces, running.record.plain, strict=True) if not plain]
-            for space in guarded:  # before the mark: through these the next daemon reads and writes without being asked
-                name = running.record.file_name(self.spec.id, space.space_id.hex())
-                await self._holdings.hold(name, space.duplicate())
-            for space in guarded:
-                fanotify.add_mark(group, space.data_fd)
-        except OSError as error:
-            raise MountError(f"fanotify does not guard the data files: {error.strerror}") from error
-        self._start_serving(running)
-
-    def _take_marks_away(self, running: _Running) -> None:
-        """Take away the marks of what is settled; with the last one nobody needs to serve the generation. No checkpoint."""
-        record = running.record
-        if record.rung != "kernel":
-            return
-        group = self._holdings.get(record.held_names(self.spec.id)[0])
-        if group is None:
-            return
-        before = list(record.plain)
-        for number, space in enumerate(self._spaces):
-            if not record.plain[number] and space.settled:
-                with suppress(OSError):
-                    fanotify.remove_mark(group, space.data_fd)
-                    record.plain[number] = True
-        if record.plain != before:
-            self._save()
-
-    async def _dismiss_guard(self, running: _Running) -> None:
-        """End what serves a generation whose marks are all gone: what still waits is allowed by the kernel, and is there."""
-        record = running.record
-        await self._stop_worker(running)
-        await self._release_all(record)
-        record.rung = self.spec.rung = "erofs"
-        self._save()
-        _log.info("guard dismissed, the image is complete: mountpoint=%s", self.spec.mountpoint)
-
-    def _is_served(self, running: _Running) -> bool:
-        """Tell whether what is not plain in a generation has somebody who answers for it, now or in a moment."""
-        names = running.record.held_names(self.spec.id)
-        return running.record.rung == "erofs" or (
-            not running.ending and all(self._holdings.get(name) is not None for name in names)
-        )
-
-    def _start_serving(self, running: _Running) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(self._serve, running)
-
-    async def _serve(self, running: _Running) -> None:
-        """Keep a worker for a generation, as long as the kernel has it."""
-        deaths = 0
-        try:
-            while not running.is_ending() and running.alive:
-                if not running.worker_alive():
-                    if running.record.rung == "kernel" and not self._is_served(running):
-                        await self._mend_breach(running)
-                        return
-                    await self._spawn_worker(running)
-                started = trio.current_time()
-                await _ended(running.record.worker_pid)
-                if running.is_ending() or not running.alive:
-                    break
-                deaths = 0 if trio.current_time() - started >= _LIVED_S else deaths + 1
-                if running.record.rung == "lazy" and deaths >= _GIVE_UP:
-                    await self._give_up(running)
-                    return
-                _log.warning(
-                    "worker died, replacing it: mountpoint=%s generation=%d pid=%d",
-                    self.spec.mountpoint, running.record.number, running.record.worker_pid,
-                )  # fmt: skip
-                self._served_before += running.cache_bytes
-                running.cache_bytes = 0
-                await trio.sleep(0 if not deaths else min(_PAUSE_S[0] * 2**deaths, _PAUSE_S[1]))
-        except (RafsError, OSError) as error:
-            self.reason = f"what is missing cannot be served: {error}"
-            _log.error("worker cannot be started: mountpoint=%s cause=%s", self.spec.mountpoint, error)
-        finally:
-            self.look()
-
-    async def _give_up(self, running: _Running) -> None:
-        """Cut the connection of a flat server that dies of what it is asked: its readers get EIO and not silence."""
-        _log.error(
-            "flat server given up after %d deaths, its readers get EIO: mountpoint=%s", _GIVE_UP, self.spec.mountpoint
-        )
-        self.reason = f"the flat server died {_GIVE_UP} times in a row; see the log"
-        running.ending = True
-        await self._release_all(running.record)
-
-    async def _release_all(self, record: Generation) -> None:
-        """Close everywhere what was held for a generation; the group of kernel mode before its data files."""
-        files = [name for name in self._holdings.names() if name.startswith(record.file_name(self.spec.id, ""))]
-        for name in [*record.held_names(self.spec.id), record.pid_name(self.spec.id), *files]:
-            await self._holdings.release(name)
-
-    async def _spawn_worker(self, running: _Running) -> None:
-        record = running.record
-        start_worker(self.spec, [one.record for one in self._running], record, self._holdings.get)
-        with suppress(ProcessLookupError, MountError):
-            await self._holdings.hold(record.pid_name(self.spec.id), os.pidfd_open(record.worker_pid))
-
-    async def _adopt(self, running: _Running) -> None:
-        """Go on serving what an earlier daemon's generation needs, whose descriptors were recovered before any data file was opened."""
-        record = running.record
-        if record.rung == "erofs":
-            return
-        names = record.held_names(self.spec.id)
-        if running.worker_alive() or all(self._holdings.get(name) is not None for name in names):
-            self._start_serving(running)
-        elif record.rung == "kernel":
-            await self._mend_breach(running)
-        else:
-            _log.error(
-                "nobody serves a generation any more, its readers get EIO: mountpoint=%s generation=%d",
-                self.spec.mountpoint, record.number,
-            )  # fmt: skip
-
-    async def _mend_breach(self, running: _Running) -> None:
-        """Guard a generation again whose group has died: from now on its holes ask, but what was read meanwhile may have been zeros."""
-        _log.error(
-            "BREACH: holder, worker and daemon of kernel mode were all gone; holes of the data files may have been read as zeros since. "
-            "New opens are right; restart what has had files open: mountpoint=%s generation=%d",
-            self.spec.mountpoint, running.record.number,
-        )  # fmt: skip
-        running.record.breached = True
-        self.spec.why = (
-            "kernel mode was without a guard for a while: restart what has had files open, see docs/operations.md"
-        )
-        # Marks of data spaces that have completed since are not needed; the rest is guarded before anything else happens.
-        running.record.plain = [
-            plain or space.settled for plain, space in zip(running.record.plain, self._spaces, strict=True)
-        ]
-        await self._start_guard(running)
-        self._save()
-
-    async def _end(self, running: _Running) -> None:
+    async def _end(self, running: Running) -> None:
         """Let go of a generation whose superblock has gone, or was never made."""
-        await self._stop_worker(running)
-        await self._release_all(running.record)
+        await self._serving.stop_worker(running)
+        await self._serving.release_all(running.record)
         if running in self._running:
             self._running.remove(running)
         self._served_before += running.cache_bytes
-        self._save()
-
-    async def _stop_worker(self, running: _Running) -> None:
-        running.ending = True
-        if not running.worker_alive():
-            return
-        with suppress(ProcessLookupError):
-            os.kill(running.record.worker_pid, signal.SIGTERM)
-        with trio.move_on_after(1) as scope:
-            await _ended(running.record.worker_pid)
-        if scope.cancelled_caught:
-            with suppress(ProcessLookupError):
-                os.kill(running.record.worker_pid, signal.SIGKILL)
+        self._serving.save()
 
     async def _end_all(self) -> None:
         """After a beginning that failed: keep what is alive guarded, let go of the rest."""
@@ -528,18 +334,21 @@ class ErofsMount(Mount):
             if not running.record.superblocks or not running.alive:
                 await self._end(running)
 
+    def _note_death(self, running: Running) -> None:
+        self._served_before += running.cache_bytes
+        running.cache_bytes = 0
+
+    def _note_failure(self, reason: str) -> None:
+        self.reason = reason
+
     # ---- small things ------------------------------------------------------------------------------------------------
 
     def _is_stopping(self) -> bool:
         return self.stopping or self.spec.detached  # read anew: `stop` sets both while this task waits
 
-    def _attached(self) -> _Running | None:
+    def _attached(self) -> Running | None:
         """Return the newest generation: the one that is attached, unless somebody has taken it away."""
         return self._running[-1] if self._running else None
-
-    def _save(self) -> None:
-        self.spec.generations = [running.record.as_dict() for running in self._running]
-        self.spec.save()
 
     async def _map_files(self) -> None:
         """Learn which chunks belong to one file, so that reading ahead stays inside it."""
@@ -549,16 +358,3 @@ class ErofsMount(Mount):
             )
         except (RafsError, OSError) as error:
             _log.warning("no reading ahead by files: mountpoint=%s cause=%s", self.spec.mountpoint, error)
-
-
-async def _ended(pid: int) -> None:
-    """Return when a process has ended."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, ValueError):
-        return
-    try:
-        await trio.lowlevel.wait_readable(pidfd)
-    finally:
-        os.close(pidfd)
-        reap(pid)
