@@ -639,7 +639,7 @@ class Daemon:
 
     async def recover_descriptors(self) -> None:
         """Get back what processes of an earlier daemon keep. Called before anything that may open a data space."""
-        await recover(self._holdings, load_specs(self._cache.path))
+        await recover(self._holdings, self._cache.path)
         first_aid.done()
         self._cache.lend = self._holdings.data_file
 

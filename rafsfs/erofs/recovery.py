@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterable
 from contextlib import suppress
 
 from ..errors import MountError
-from ..fuse.spec import MountSpec, process_start
+from ..fuse.spec import load_specs, process_start
 from ..store.boot import boot_id
 from . import superblock, syscalls
 from .generation import Generation, from_record
@@ -23,15 +22,17 @@ from .holdings import Holdings
 _log = logging.getLogger(__name__)
 
 
-async def recover(holdings: Holdings, specs: Iterable[MountSpec]) -> None:
+async def recover(holdings: Holdings, cache_dir: str) -> None:
     """Take hold of everything that generations of earlier daemons serve and read, as far as a holder or a worker lives.
 
     What belongs to a generation whose superblock never was or has gone is let go of: nobody would answer for a group that is left over,
-    and whoever reads a file that it marks would wait for ever.
+    and whoever reads a file that it marks would wait for ever. Of a record that cannot be read all is kept: it may be needed.
     """
     await holdings.recover()
     alive: set[str] = set()
-    for spec in specs:
+    known: set[str] = set()
+    for spec in load_specs(cache_dir):
+        known.add(spec.id)
         for record in filter(None, map(from_record, spec.generations)):
             has_worker = record.worker_pid > 0 and process_start(record.worker_pid) == record.worker_start
             if record.boot_id == boot_id() and superblock.is_alive(record.superblocks):
@@ -42,7 +43,9 @@ async def recover(holdings: Holdings, specs: Iterable[MountSpec]) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(record.worker_pid, signal.SIGKILL)
     for name in holdings.names():
-        if "/".join(name.split("/")[1:3]) not in alive:
+        mount, number = [*name.split("/"), "", ""][1:3]
+        is_ours = mount in known or not os.path.exists(os.path.join(cache_dir, "mounts", f"{mount}.json"))
+        if is_ours and f"{mount}/{number}" not in alive:
             _log.info("let go of what a mount has left that never came up: name=%s", name)
             await holdings.release(name)
 
