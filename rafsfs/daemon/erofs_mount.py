@@ -1,11 +1,11 @@
-"""A mount that the kernel's EROFS reads, as the daemon sees it: its generations, what serves them, when one follows another.
+"""A mount that the kernel's EROFS reads, as the daemon sees it: its generations, and when one follows another. See serving.py.
 
 Decided here: the order of steps, of which every prefix is safe to die in. Rules. A data file becomes a plain device only while its data
 space is settled (complete and on the disk), through the descriptor that the presence map speaks of. What a worker serves is with the
 holder before the superblock exists. A generation is in the record before it is attached. A group of kernel mode is let go of only after its
 superblock has gone or its last mark was taken away; as long as somebody has a generation open, its data spaces count as in use.
 
-Concurrency: `supervise` owns a nursery with one task per worker (`_serve`), and is the only task that makes, replaces and ends generations;
+Concurrency: `supervise` owns the nursery of `Serving`, and is the only task that makes, replaces and ends generations;
 `look` and the workers' calls only wake it. Waiting for the kernel happens in threads; nothing here touches the mount itself.
 """
 

@@ -83,6 +83,7 @@ def test_with_little_memory_readers_get_right_bytes_or_an_error(node: Node, imag
         group.put(node.processes())
         # The daemon may well be killed by the kernel, with 64 MiB for all; those who serve a mount are spared if they can be.
         assert compare(source / "second.bin", mounted / "second.bin", group.command()) in {"equal", "refused", "killed"}
+        assert group.times_at_limit() > 0, "there was too little memory"
     wait_for(lambda: node.run("status").returncode == 0, "a daemon answers")
     wait_for(lambda: compare(source / "second.bin", mounted / "second.bin") == "equal", "the mount is as it was", 30)
     assert compare(source / "first.bin", mounted / "first.bin") == "equal"

@@ -37,6 +37,12 @@ class MemoryGroup:
         """Return what to put before a command so that it runs in the group."""
         return ["sh", "-c", f'echo $$ > {self.path}/cgroup.procs && exec "$@"', "sh"]
 
+    def times_at_limit(self) -> int:
+        """Return how often the kernel has had to take memory back because of the limit."""
+        if (self.path / "memory.failcnt").exists():
+            return int((self.path / "memory.failcnt").read_text())
+        return int(dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())["max"])
+
     def empty(self) -> None:
         """Move whatever is in it back."""
         for pid in (self.path / "cgroup.procs").read_text().split():
