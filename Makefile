@@ -1,5 +1,5 @@
 # make demo and make test work on a fresh Debian machine; both begin with setup.
-.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs bench-io manifests
+.PHONY: setup demo test check bench bench-swarm bench-sim soak format clean csi-stubs bench-io manifests image
 PYTHON := .venv/bin/python
 REGISTRY ?= docker
 KILLS ?= 200
@@ -39,6 +39,10 @@ csi-stubs: setup
 # The plain manifests, made from the chart; needs Go.
 manifests:
 	@scripts/manifests.sh
+
+# Builds the Dockerfile and runs daemon, holder and driver of the image by runc; needs root, buildah, mmdebstrap, runc and the network.
+image: setup
+	@RAFS_TEST_IMAGE=1 $(PYTHON) -m pytest -q -o faulthandler_timeout=1800 tests/deploy/test_image.py --durations=3
 
 # Swarms of hundreds and thousands of nodes, simulated.
 bench-sim: setup

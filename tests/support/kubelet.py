@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,17 @@ def mount_capability(*flags: str, mode: int = pb.VolumeCapability.AccessMode.SIN
     )
 
 
-def install(directory: Path, version: str) -> dict[str, str]:
-    """Install the project once more under another version number; return the environment that runs it: as `pip install --target`,
-    its dependencies those of this interpreter.
-    """
+@dataclass(frozen=True)
+class Installation:
+    """Some installation of the project: how its commands are run, in a container of their own or as they are."""
+
+    line: Callable[[Sequence[str]], list[str]]
+    env: Mapping[str, str] = field(default_factory=dict)
+    is_container: bool = False
+
+
+def install(directory: Path, version: str) -> Installation:
+    """Install the project once more under another version number: as `pip install --target`, its dependencies those of this interpreter."""
     root = Path(__file__).parents[2]
     for package in ("rafsfs", "builder", "p2p", "scheduler", "cli"):
         shutil.copytree(root / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +62,8 @@ def install(directory: Path, version: str) -> dict[str, str]:
     changed = text.replace(f'"{rafsfs.__version__}"', f'"{version}"')
     assert changed != text
     module.write_text(changed)
-    return {"PYTHONPATH": str(directory)}
+    command = [sys.executable, "-m", "rafsfs"]
+    return Installation(lambda arguments: [*command, *arguments], {"PYTHONPATH": str(directory)})
 
 
 class Kubelet:
@@ -72,26 +81,20 @@ class Kubelet:
         self.pages = 0
         self._channel: grpc.Channel | None = None
 
-    def start(self, *options: str, installed: Mapping[str, str] | None = None) -> None:
+    def start(self, *options: str, installed: Installation | None = None) -> None:
         """Start a driver; of one that was killed, the next. `installed`: by another installation (`install`)."""
         command = (
-            "csi",
-            "--endpoint",
-            f"unix://{self.socket}",
-            "--node-id",
-            "node-1",
-            "--role",
-            "all",
-            "--allow-loopback",
-        )
+            "csi", "--endpoint", f"unix://{self.socket}", "--node-id", "node-1", "--role", "all", "--allow-loopback",
+            "--cache-dir", self.node.cache,
+        )  # fmt: skip
         arguments = (*command, "--http", "127.0.0.1:0", *self._options, *options)
         with (self.home / "driver.log").open("ab") as log:
             self.driver = subprocess.Popen(
-                [*BIDIRECTIONAL, *self._command(installed, *arguments)],
+                self._command(BIDIRECTIONAL, installed, *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**self.node.env, **(installed or {})},
+                env={**self.node.env, **(installed.env if installed else {})},
                 cwd=self.home,
             )
         said = output_within(self.driver, b"serving", 90)
@@ -99,21 +102,19 @@ class Kubelet:
         self.disconnect()
         self._channel = grpc.insecure_channel(f"unix://{self.socket}")
 
-    def _command(self, installed: Mapping[str, str] | None, *arguments: str | Path) -> list[str]:
+    def _command(self, inside: Sequence[str], installed: Installation | None, *arguments: str | Path) -> list[str]:
         if installed is None:
-            return self.node.command(*arguments)
-        return [sys.executable, "-m", "rafsfs", *map(str, arguments)]
+            return [*inside, *self.node.command(*arguments)]
+        line = installed.line([str(argument) for argument in arguments])
+        return line if installed.is_container else [*inside, *line]
 
-    def start_holder(self) -> None:
+    def start_holder(self, *, installed: Installation | None = None) -> None:
         """Start a holder in a container of its own; `end_holder` or `close` ends it."""
         with (self.home / "daemon.log").open("ab") as log:
             self._holder = subprocess.Popen(
-                [*CONTAINER, *self.node.command("holder")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.node.env,
-            )
+                self._command(CONTAINER, installed, "holder", "--cache-dir", self.node.cache),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.node.env,
+            )  # fmt: skip
         wait_for((self.node.cache / "holder.sock").exists, "the holder's socket", 30)
 
     def end_holder(self) -> None:
@@ -122,17 +123,17 @@ class Kubelet:
             _end_container(self._holder)
             self._holder = None
 
-    def start_daemon(self, *options: str, installed: Mapping[str, str] | None = None, container: bool = False) -> None:
+    def start_daemon(self, *options: str, installed: Installation | None = None, container: bool = False) -> None:
         """Start the node daemon where it runs in a cluster: with `container`, in process ids of its own."""
         self.end_daemon()
         inside = CONTAINER if container else BIDIRECTIONAL
         with (self.home / "daemon.log").open("ab") as log:
             self._daemon = subprocess.Popen(
-                [*inside, *self._command(installed, "daemon", "--cache-dir", self.node.cache, *options)],
+                self._command(inside, installed, "daemon", "--cache-dir", self.node.cache, *options),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**self.node.env, **(installed or {})},
+                env={**self.node.env, **(installed.env if installed else {})},
                 cwd=self.home,
             )
         wait_for((self.node.cache / "daemon.sock").exists, "the daemon's socket", 30)
