@@ -118,13 +118,40 @@ async def _ask_page(url: str, path: str) -> float | None:
             value = json.loads((await client.get(url)).content)
     except (httpx.HTTPError, ValueError, httpx.InvalidURL) as error:
         raise DaemonError(f"{url} does not answer: {str(error) or type(error).__name__}") from None
-    volumes = value.get("volumes", [value]) if isinstance(value, dict) else []
-    shares = [
-        _share(v["present_bytes"], v["total_bytes"]) for v in volumes if isinstance(v, dict) and "total_bytes" in v
-    ]
+    shares = shares_of(value, await trio.to_thread.run_sync(_device_of, path, abandon_on_cancel=True))
     if not shares:
         raise DaemonError(f"{url} knows no volume of {path}")
     return min(shares)
+
+
+def _device_of(path: str) -> str:
+    """Return `major:minor` of what `path` is on, nothing while it cannot be asked."""
+    try:
+        device = os.stat(path).st_dev
+    except OSError:
+        return ""
+    return f"{os.major(device)}:{os.minor(device)}"
+
+
+def shares_of(page: Any, device: str) -> list[float]:
+    """Return how far the volume or model on a device is, by a page of the driver; where none is on it, how far all of the page are.
+
+    Any page gives a list.
+    """
+    volumes = page.get("volumes", [page]) if isinstance(page, dict) else []
+    found = [volume for volume in _objects(volumes) if isinstance(volume.get("total_bytes"), int)]
+    models = [model for volume in found for model in _objects(volume.get("models"))]
+    for among in (found, models):
+        on_it = [one for one in among if isinstance(one.get("devices"), list) and device in one["devices"]]
+        if on_it:
+            found = on_it
+            break
+    figures = [(one.get("present_bytes"), one.get("total_bytes")) for one in found]
+    return [_share(here, total) for here, total in figures if isinstance(here, int) and isinstance(total, int)]
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _share(present: int, total: int) -> float:

@@ -162,9 +162,12 @@ def device_of(path: str) -> str | None:
 
 
 def is_alive(path: str) -> bool:
-    """Tell whether a mount answers. Hangs as long as its server does: call it with a limit."""
+    """Tell whether a mount answers. Hangs as long as its server does: call it with a limit.
+
+    By statfs: the kernel keeps the attributes of an image's files, and would answer a stat for a server that hangs or has died.
+    """
     try:
-        os.stat(path)
+        os.statvfs(path)
     except OSError:
         return False
     return True

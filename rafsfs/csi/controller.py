@@ -91,6 +91,8 @@ class Controller:
                         Code.ALREADY_EXISTS,
                         f"volume {name} exists with {old.capacity} bytes of {old.ref}, asked for {required} of {spec.ref}",
                     )
+                if {**old.attributes, "ref": ""} != {**parameters, "ref": ""}:
+                    raise CsiError(Code.ALREADY_EXISTS, f"volume {name} exists with other parameters")
                 return old
             digest, size = await self._look(name, spec, secret)
             if limit and size > limit:

@@ -50,18 +50,22 @@ _JSON: Final = {"Content-Type": "application/json"}
 _KEYS: Final = frozenset({"ref", "prefetch", "mode", "platform", "include", "exclude", "subPath"})
 
 Resolve = Callable[[VolumeSpec, str, str, Mapping[str, Any]], Any]
+Fill = Callable[[VolumeSpec, str, str], None]
 
 
 class DynamicVolumes:
-    """The dynamic volumes of a node. `resolve` asks a registry what a reference means, with a volume's credentials."""
+    """The dynamic volumes of a node. `resolve` asks a registry what a reference means, with a volume's credentials; `fill` has all of an
+    image fetched, if its spec says so.
+    """
 
     def __init__(
-        self, directory: str, records: Records, mounts: SharedMounts, resolve: Resolve, *, loopback: bool
+        self, directory: str, records: Records, mounts: SharedMounts, resolve: Resolve, fill: Fill, *, loopback: bool
     ) -> None:
         self._directory = directory
         self._records = records
         self._mounts = mounts
         self._resolve = resolve
+        self._fill = fill
         self._loopback = loopback
         self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
         self._scopes: dict[str, trio.CancelScope] = {}
@@ -69,6 +73,12 @@ class DynamicVolumes:
     def path(self, record: VolumeRecord) -> str:
         """Return the directory that a volume's target is bound from."""
         return os.path.join(self._directory, "dynamic", record.key)
+
+    def _auth_dir(self, record: VolumeRecord) -> str:
+        return os.path.join(self._directory, "auth", f"volume-{key_of(record.volume_id)}")
+
+    async def _auths(self, record: VolumeRecord) -> dict[str, Any]:
+        return await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(record))
 
     async def publish(self, record: VolumeRecord, nursery: trio.Nursery) -> None:
         """Make a volume appear, its socket answering. Again is fine. Raises RafsError."""
@@ -147,20 +157,21 @@ class DynamicVolumes:
 
     async def _list(self, record: VolumeRecord) -> list[dict[str, Any]]:
         mounts = await self._mounts.status()
-        found = []
-        for name, model in sorted(record.models.items()):
-            mount = mounts.get(self._mounts.path(model["mount_key"]), {})
-            found.append(
-                {
-                    "name": name,
-                    "ref": model["spec"]["ref"],
-                    "digest": model["digest"],
-                    "state": mount.get("state", "lost"),
-                    "present_bytes": mount.get("present_bytes", 0),
-                    "total_bytes": mount.get("data_bytes", 0),
-                }
-            )
-        return found
+        return self.described(record, mounts, await trio.to_thread.run_sync(binds.mount_devices))
+
+    def described(
+        self, record: VolumeRecord, mounts: Mapping[str, Mapping[str, Any]], devices: Mapping[str, str]
+    ) -> list[dict[str, Any]]:
+        """Return the models of a volume by name, by the daemon's status and the kernel's table."""
+        return [
+            {
+                "name": name,
+                "ref": model["spec"]["ref"],
+                "digest": model["digest"],
+                **self._mounts.described(self._mounts.path(model["mount_key"]), mounts, devices),
+            }
+            for name, model in sorted(record.models.items())
+        ]
 
     async def _add(self, record: VolumeRecord, name: str, body: bytes) -> dict[str, Any]:
         if not is_name(name) or name == SOCKET:
@@ -175,19 +186,41 @@ class DynamicVolumes:
                 raise CsiError(Code.ALREADY_EXISTS, f"model {name} is another one; remove it first")
             if old is None and len(record.models) >= MOST_MODELS:
                 raise CsiError(Code.RESOURCE_EXHAUSTED, f"a volume holds at most {MOST_MODELS} models")
-            own = os.path.join(self._directory, "auth", f"volume-{key_of(record.volume_id)}")
-            auths = await trio.to_thread.run_sync(secrets.read_auths, own)
-            digest = await self._resolve(spec, old["digest"] if old else "", own, auths)
+            auths = await self._auths(record)
+            digest = await self._resolve(spec, old["digest"] if old else "", self._auth_dir(record), auths)
             key = mount_key(digest, spec.reference.store_name, spec)
             model = {"spec": spec.to_json(), "digest": digest, "mount_key": key}
             await trio.to_thread.run_sync(self._records.save, record.with_models({**record.models, name: model}))
-            place = os.path.join(self.path(record), name)
-            async with self._mounts.lock(key):
-                source = await self._mounts.ensure(key, spec, digest, auths)
-                if await trio.to_thread.run_sync(binds.device_of, place) is None:
-                    await trio.to_thread.run_sync(lambda: binds.bind(source, spec.sub_path, place, executable=False))
+            await self._show(record, name, model, auths)
         _log.info("model added: volume=%s name=%s ref=%s digest=%s", record.volume_id, name, spec.ref, digest)
         return {"name": name, "ref": spec.ref, "digest": digest}
+
+    async def heal(self, record: VolumeRecord) -> None:
+        """Show again the models of a volume whose mounts are gone or have been replaced. Raises RafsError."""
+        async with self._locks[record.key]:
+            found = self._records.find(record.volume_id, record.target)
+            for name, model in found.models.items() if found else ():
+                path = self._mounts.path(model["mount_key"])
+                if not (await self._mounts.is_alive(path) and await self._is_shown(record, name)):
+                    await self._show(record, name, model, await self._auths(record))
+                    _log.info("model bound anew: volume=%s name=%s", record.volume_id, name)
+
+    async def _is_shown(self, record: VolumeRecord, name: str) -> bool:
+        place = os.path.join(self.path(record), name)
+        return await trio.to_thread.run_sync(binds.device_of, place) is not None and await self._mounts.is_alive(place)
+
+    async def _show(self, record: VolumeRecord, name: str, model: Mapping[str, Any], auths: Mapping[str, Any]) -> None:
+        """Make a model appear in its volume, unless it is there and answers. The caller holds the volume's lock."""
+        spec, key, digest = VolumeSpec.from_json(model["spec"]), model["mount_key"], model["digest"]
+        place = os.path.join(self.path(record), name)
+        async with self._mounts.lock(key):
+            source = await self._mounts.ensure(key, spec, digest, auths)
+            if not await self._mounts.is_alive(source):
+                raise MountError(f"{source} does not answer; it is made anew, try again")
+            if not await self._is_shown(record, name):
+                await trio.to_thread.run_sync(binds.detach, place)
+                await trio.to_thread.run_sync(lambda: binds.bind(source, spec.sub_path, place, executable=False))
+        self._fill(spec, digest, key)
 
     def _spec_of(self, body: bytes) -> VolumeSpec:
         try:

@@ -12,7 +12,9 @@ call, each with a deadline. Cancelled, a call leaves at most a mount that nobody
 from __future__ import annotations
 
 import logging
+import math
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -50,6 +52,9 @@ class SharedMounts:
         self._scheduler = scheduler
         self._may_start = may_start
         self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self._hung: dict[str, threading.Event] = {}
+        """Of paths whose last probe was not done in time: set when it is."""
+        self._probes = trio.CapacityLimiter(math.inf)
 
     def path(self, key: str) -> str:
         """Return where a mount is."""
@@ -129,15 +134,63 @@ class SharedMounts:
                         _log.warning("unused mount stays for now: path=%s cause=%s", self.path(key), error)
 
     async def is_alive(self, path: str) -> bool:
-        """Tell whether what is mounted at a path answers within PROBE_S."""
+        """Tell whether what is mounted at a path answers within PROBE_S.
+
+        A probe that hangs keeps its thread until the mount's connection is aborted. So there is one of a path, of no thread that others
+        wait for.
+        """
+        before = self._hung.get(path)
+        if before is not None and not before.is_set():
+            return False
+        done = threading.Event()
+
+        def probe() -> bool:
+            try:
+                return binds.is_alive(path)
+            finally:
+                done.set()
+
         with trio.move_on_after(PROBE_S):
-            return await trio.to_thread.run_sync(binds.is_alive, path, abandon_on_cancel=True)
+            alive = await trio.to_thread.run_sync(probe, abandon_on_cancel=True, limiter=self._probes)
+            self._hung.pop(path, None)
+            return alive
+        self._hung[path] = done
         return False
+
+    async def abort(self, key: str) -> bool:
+        """End a mount that hangs: whoever waits for it gets ENOTCONN, its worker is killed, the next `ensure` makes it anew. Return
+        whether there was one. Raises RafsError if the daemon does not answer.
+        """
+        path = self.path(key)
+        device = await trio.to_thread.run_sync(binds.device_of, path)
+        if device is None:
+            return False
+        # A worker that hangs in the kernel does not die of a signal. Aborting its connection needs fusectl, which not every node mounts.
+        if not await trio.to_thread.run_sync(binds.abort_fuse, device):
+            _log.debug("connection cannot be aborted: path=%s device=%s", path, device)
+        await self.call("umount", {"mountpoint": path, "lazy": True})
+        return True
 
     async def status(self) -> dict[str, dict[str, Any]]:
         """Return the daemon's mounts by mountpoint."""
         answer = await self.call("status", {})
         return {mount["mountpoint"]: mount for mount in answer["mounts"]}
+
+    def described(
+        self, path: str, mounts: Mapping[str, Mapping[str, Any]], devices: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Return `state`, `reason`, `present_bytes`, `total_bytes` and `devices` of a mount, by the daemon and the kernel's table."""
+        mount = mounts.get(path)
+        if mount is None:
+            mount = {"state": "lost", "reason": "the daemon has no mount of it", "present_bytes": 0, "data_bytes": 0}
+        shown = {*mount.get("devices", ()), devices.get(path)} - {None}
+        return {
+            "state": mount["state"],
+            "reason": mount["reason"] or "",
+            "present_bytes": mount["present_bytes"],
+            "total_bytes": mount["data_bytes"],
+            "devices": tuple(sorted(shown)),
+        }
 
     async def fill(self, spec: VolumeSpec, digest: str, key: str) -> None:
         """Fetch all of an image, for however long that takes; for a mount that was made without."""

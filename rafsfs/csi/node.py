@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,9 +38,10 @@ _log = logging.getLogger(__name__)
 _RESOLVE_S: Final = 20.0
 HEAL_S: Final = 10.0
 """Between two looks at all mounts."""
-_PATIENCE: Final = 3
+PATIENCE: Final = 3
 """A mount that does not answer this many times in a row is aborted."""
 _INLINE: Final = "csi.storage.k8s.io/ephemeral"
+_HEALTHY: Final = frozenset({"ready", "serving", "mounted"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,15 @@ class VolumeState:
     present_bytes: int
     total_bytes: int
     pod: dict[str, str]
+    devices: tuple[str, ...] = ()
+    """`major:minor` of the mounts that show it: what stat says of a path in it, in the pod too."""
+    models: tuple[dict[str, Any], ...] = ()
+    """Of a dynamic volume: its models, each as `rafs models ls` has it, with `devices`."""
 
     @property
     def is_healthy(self) -> bool:
         """Whether pods can read it."""
-        return self.state in {"ready", "serving", "mounted"}
+        return self.state in _HEALTHY
 
 
 class Node:
@@ -74,7 +79,9 @@ class Node:
         self.events = events or Events(None, "", "")
         self._grants = Grants(os.path.join(directory, "grants.json"))
         self._directory = directory
-        self._dynamic = DynamicVolumes(directory, self.records, mounts, self.resolve, loopback=loopback)
+        self._dynamic = DynamicVolumes(
+            directory, self.records, mounts, self.resolve, self._fill_later, loopback=loopback
+        )
         self._busy: set[str] = set()
         self._healing: dict[str, trio.Event] = {}
         self._missed: dict[str, int] = {}
@@ -84,13 +91,18 @@ class Node:
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     async def publish(
-        self, volume_id: str, target: str, spec: VolumeSpec, secret: Mapping[str, str], attributes: Mapping[str, str]
+        self,
+        volume_id: str,
+        target: str,
+        spec: VolumeSpec,
+        secret: Mapping[str, str],
+        attributes: Mapping[str, str],
+        *,
+        exclusive: bool = False,
     ) -> None:
-        """Make a volume appear at `target`; again is fine, with new credentials too. Raises RafsError."""
+        """Make a volume appear at `target`; again is fine, with new credentials too. `exclusive`: nowhere else. Raises RafsError."""
         async with self._claim(volume_id):
-            old = self.records.find(volume_id, target)
-            if old is not None and old.spec != spec:
-                raise CsiError(Code.ALREADY_EXISTS, f"volume {volume_id} is at {target} already, with other attributes")
+            old = self._check_others(volume_id, target, spec, exclusive=exclusive)
             auths = secrets.docker_auths(spec, secret, attributes)
             own = self._auth_dir(volume_id)
             changed = await trio.to_thread.run_sync(secrets.write_auths, own, auths)
@@ -106,19 +118,37 @@ class Node:
                     secrets.remove_auths(own)
                 raise
             key = mount_key(digest, spec.reference.store_name, spec)
-            record = VolumeRecord(volume_id, target, spec, digest, key, pod)
+            record = VolumeRecord(volume_id, target, spec, digest, key, pod, exclusive=exclusive)
             await trio.to_thread.run_sync(self.records.save, record)
             await self._bring_up(record, auths)
             _log.info("volume published: id=%s target=%s ref=%s digest=%s", volume_id, target, spec.ref, digest)
 
+    def _check_others(self, volume_id: str, target: str, spec: VolumeSpec, *, exclusive: bool) -> VolumeRecord | None:
+        """Return the record of a volume at a target, if it is there already. Raises CsiError where it may not be published."""
+        old = self.records.find(volume_id, target)
+        if old is not None and old.spec != spec:
+            raise CsiError(Code.ALREADY_EXISTS, f"volume {volume_id} is at {target} already, with other attributes")
+        for other in self.records.of_volume(volume_id):
+            if other.target != target and (exclusive or other.exclusive):
+                raise CsiError(
+                    Code.FAILED_PRECONDITION,
+                    f"volume {volume_id} is at {other.target}, and for one pod only (ReadWriteOncePod)",
+                )
+        return old
+
     async def publish_dynamic(
-        self, volume_id: str, target: str, spec: VolumeSpec, secret: Mapping[str, str], attributes: Mapping[str, str]
+        self,
+        volume_id: str,
+        target: str,
+        spec: VolumeSpec,
+        secret: Mapping[str, str],
+        attributes: Mapping[str, str],
+        *,
+        exclusive: bool = False,
     ) -> None:
         """Make a volume appear whose pod adds models by itself. Raises RafsError."""
         async with self._claim(volume_id):
-            old = self.records.find(volume_id, target)
-            if old is not None and old.spec != spec:
-                raise CsiError(Code.ALREADY_EXISTS, f"volume {volume_id} is at {target} already, with other attributes")
+            old = self._check_others(volume_id, target, spec, exclusive=exclusive)
             auths = secrets.docker_auths(spec, secret, attributes)
             await trio.to_thread.run_sync(secrets.write_auths, self._auth_dir(volume_id), auths)
             pod = {name: attributes[key] for name, key in POD_KEYS.items() if key in attributes}
@@ -148,19 +178,37 @@ class Node:
         records = [r for r in self.records.of_volume(volume_id) if path is None or r.target == os.path.abspath(path)]
         if not records:
             raise CsiError(Code.NOT_FOUND, f"volume {volume_id} is not published {'at ' + path if path else 'here'}")
-        record = records[0]
-        return self.state_of(record, await self.mounts.status())
+        return (await self.states(records[:1]))[0]
 
-    def state_of(self, record: VolumeRecord, mounts: Mapping[str, Mapping[str, Any]]) -> VolumeState:
-        """Return how a volume is, by the daemon's mounts."""
-        mount = mounts.get(self.mounts.path(record.mount_key))
-        state, reason = (
-            ("lost", "the daemon has no mount of it") if mount is None else (mount["state"], mount["reason"])
-        )
-        present, total = (mount["present_bytes"], mount["data_bytes"]) if mount else (0, 0)
+    async def states(self, records: Iterable[VolumeRecord]) -> list[VolumeState]:
+        """Return how volumes are; the daemon is asked once."""
+        mounts = await self.mounts.status()
+        devices = await trio.to_thread.run_sync(binds.mount_devices)
+        return [self._state_of(record, mounts, devices) for record in records]
+
+    def _state_of(
+        self, record: VolumeRecord, mounts: Mapping[str, Mapping[str, Any]], devices: Mapping[str, str]
+    ) -> VolumeState:
+        if record.spec.dynamic:
+            return self._dynamic_state_of(record, self._dynamic.described(record, mounts, devices), devices)
+        path = self.mounts.path(record.mount_key)
+        found = self.mounts.described(path, mounts, devices)
+        return VolumeState(record.volume_id, record.spec.ref, record.digest, pod=record.pod, **found)
+
+    def _dynamic_state_of(
+        self, record: VolumeRecord, models: Sequence[dict[str, Any]], devices: Mapping[str, str]
+    ) -> VolumeState:
+        """Return how a volume is whose pod adds models: as its worst model, and well while it has none."""
+        device = devices.get(record.target)
+        state, reason = ("ready", "") if device else ("lost", "nothing is mounted there")
+        for model in models:
+            if model["state"] not in _HEALTHY:
+                state, reason = model["state"], f"model {model['name']}: {model['reason'] or model['state']}"
+        present, total = (sum(model[key] for model in models) for key in ("present_bytes", "total_bytes"))
         return VolumeState(
-            record.volume_id, record.spec.ref, record.digest, state, reason or "", present, total, record.pod
-        )
+            record.volume_id, "", "", state, reason, present, total, record.pod,
+            (device,) if device else (), tuple(models),
+        )  # fmt: skip
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
@@ -197,8 +245,7 @@ class Node:
                 await trio.to_thread.run_sync(
                     lambda: binds.bind(path, spec.sub_path, record.target, executable=spec.executable)
                 )
-        if spec.prefetch == "all" and not (spec.include or spec.exclude):
-            self._fill_later(record)
+        self._fill_later(spec, record.digest, record.mount_key)
 
     async def _is_bound(self, record: VolumeRecord) -> bool:
         devices = await trio.to_thread.run_sync(binds.mount_devices)
@@ -210,34 +257,40 @@ class Node:
         return mount is not None and there in mount.get("devices", ())
 
     async def _is_good(self, record: VolumeRecord) -> bool:
-        return await self._is_bound(record) and await self.mounts.is_alive(record.target)
+        if not await self._is_bound(record):
+            return False
+        # The mount first: what hangs is found there once, not by every pod that has it.
+        return await self.mounts.is_alive(self.mounts.path(record.mount_key)) and await self.mounts.is_alive(
+            record.target
+        )
 
     async def let_go(self, key: str) -> None:
         """Release a shared mount unless another volume uses it; hand it the credentials of one that does."""
         if not key:
             return
         async with self.mounts.lock(key):
-            users = [record for record in self.records if record.mount_key == key]
+            users = self.records.users_of(key)
             if self.records.is_unused(key):
                 await self.mounts.release(key)
             elif users:
                 auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(users[0].volume_id))
                 await trio.to_thread.run_sync(secrets.write_auths, self.mounts.auth_dir(key), auths)
 
-    def _fill_later(self, record: VolumeRecord) -> None:
-        """See to it that a volume that wants all of its image gets it, also where another volume's mount was there first."""
-        key = record.mount_key
+    def _fill_later(self, spec: VolumeSpec, digest: str, key: str) -> None:
+        """See to it that what wants all of its image gets it, also where another volume's mount was there first."""
+        if spec.prefetch != "all" or spec.include or spec.exclude:  # a part is filled by its own mount alone
+            return
         if self._nursery is not None and key not in self._fills:
             self._fills.add(key)
-            self._nursery.start_soon(self._fill, record)
+            self._nursery.start_soon(self._fill, spec, digest, key)
 
-    async def _fill(self, record: VolumeRecord) -> None:
+    async def _fill(self, spec: VolumeSpec, digest: str, key: str) -> None:
         try:
-            await self.mounts.fill(record.spec, record.digest, record.mount_key)
+            await self.mounts.fill(spec, digest, key)
         except* RafsError as group:
-            _log.warning("volume is not complete: id=%s cause=%s", record.volume_id, group.exceptions[0])
+            _log.warning("image is not complete: ref=%s digest=%s cause=%s", spec.ref, digest, group.exceptions[0])
         finally:
-            self._fills.discard(record.mount_key)
+            self._fills.discard(key)
 
     def _auth_dir(self, volume_id: str) -> str:
         return os.path.join(self._directory, "auth", f"volume-{key_of(volume_id)}")
@@ -287,34 +340,31 @@ class Node:
             path = self.mounts.path(key)
             if await self.mounts.is_alive(path):
                 self._missed.pop(key, None)
-            else:
-                self._missed[key] = self._missed.get(key, 0) + 1
-                device = await trio.to_thread.run_sync(binds.device_of, path)
-                if (
-                    self._missed[key] >= _PATIENCE
-                    and device
-                    and await trio.to_thread.run_sync(binds.abort_fuse, device)
-                ):
-                    _log.error("mount hangs and is aborted: path=%s", path)
-        for record in self.records:
-            if (
-                record.volume_id in self._busy
-                or record.volume_id in self._healing
-                or not record.mount_key
-                or record.spec.dynamic
-            ):
                 continue
-            if self.mounts.lock(record.mount_key).locked() or await self._is_good(record):
+            self._missed[key] = self._missed.get(key, 0) + 1
+            if self._missed[key] >= PATIENCE and not self.mounts.lock(key).locked():
+                async with self.mounts.lock(key):
+                    if await self.mounts.abort(key):
+                        self._missed.pop(key)
+                        _log.error("mount hangs and is aborted: path=%s", path)
+        for record in self.records:
+            if record.volume_id in self._busy or record.volume_id in self._healing:
                 continue
             try:
-                async with self._heal_one(record.volume_id):
-                    auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(record.volume_id))
-                    await self._bring_up(record, auths)
-                    _log.info("volume bound anew: id=%s target=%s", record.volume_id, record.target)
+                await self._heal_volume(record)
             except RafsError as error:
                 _log.warning("volume is not readable: id=%s target=%s cause=%s", record.volume_id, record.target, error)
                 if code_of(error) is not Code.ABORTED:
-                    self.events.post(record.pod, UNREADABLE, f"{record.spec.ref} cannot be read: {error}")
+                    self.events.post(record.pod, UNREADABLE, f"{record.spec.ref or 'a model'} cannot be read: {error}")
+
+    async def _heal_volume(self, record: VolumeRecord) -> None:
+        if record.spec.dynamic:
+            await self._dynamic.heal(record)
+        elif record.mount_key and not self.mounts.lock(record.mount_key).locked() and not await self._is_good(record):
+            async with self._heal_one(record.volume_id):
+                auths = await trio.to_thread.run_sync(secrets.read_auths, self._auth_dir(record.volume_id))
+                await self._bring_up(record, auths)
+                _log.info("volume bound anew: id=%s target=%s", record.volume_id, record.target)
 
 
 def is_inline(attributes: Mapping[str, str]) -> bool:

@@ -46,12 +46,8 @@ class ProgressPages:
         )
 
     async def _all(self, uid: str) -> list[dict[str, Any]]:
-        mounts = await self._node.mounts.status()
-        return [
-            described(self._node.state_of(record, mounts))
-            for record in self._node.records
-            if record.mount_key and (not uid or record.pod.get("uid") == uid)
-        ]
+        wanted = [record for record in self._node.records if not uid or record.pod.get("uid") == uid]
+        return [described(state) for state in await self._node.states(wanted)]
 
 
 def described(state: VolumeState) -> dict[str, Any]:

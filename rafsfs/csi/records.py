@@ -40,6 +40,8 @@ class VolumeRecord:
     """Name, namespace and uid of the pod."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of a dynamic volume: name of a model → its spec, digest and mount_key."""
+    exclusive: bool = False
+    """Whether it may be at one target only."""
 
     @property
     def key(self) -> str:
@@ -95,6 +97,14 @@ class Records:
         models = {model["mount_key"] for record in self._records.values() for model in record.models.values()}
         return (own | models) - {""}
 
+    def users_of(self, key: str) -> list[VolumeRecord]:
+        """Return the volumes that use a mount, by themselves or by a model."""
+        return [
+            record
+            for record in self._records.values()
+            if record.mount_key == key or any(model["mount_key"] == key for model in record.models.values())
+        ]
+
     def is_unused(self, key: str) -> bool:
         """Tell whether a mount can go: no volume names it, and none could that cannot be read."""
         return self.is_whole and key not in self.mount_keys()
@@ -127,6 +137,8 @@ def parse_record(values: dict[str, Any]) -> VolumeRecord:
     known = {one.name for one in fields(VolumeRecord)}
     taken = {key: value for key, value in values.items() if key in known}
     record = VolumeRecord(**{**taken, "spec": VolumeSpec.from_json(values["spec"])})
+    if not isinstance(record.exclusive, bool):
+        raise TypeError("exclusive is neither true nor false")
     texts = (record.volume_id, record.target, record.digest, record.mount_key)
     tables = (record.pod, record.models, *record.models.values())
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(table, dict) for table in tables):

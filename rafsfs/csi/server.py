@@ -177,7 +177,8 @@ class NodeService(csi_pb2_grpc.NodeServicer):
 
     def NodeGetCapabilities(self, request: Any, context: Any) -> pb.NodeGetCapabilitiesResponse:
         """Figures and condition of volumes; nothing is staged."""
-        kinds = (pb.NodeServiceCapability.RPC.GET_VOLUME_STATS, pb.NodeServiceCapability.RPC.VOLUME_CONDITION)
+        rpc = pb.NodeServiceCapability.RPC
+        kinds = (rpc.GET_VOLUME_STATS, rpc.VOLUME_CONDITION, rpc.SINGLE_NODE_MULTI_WRITER)
         return pb.NodeGetCapabilitiesResponse(
             capabilities=[pb.NodeServiceCapability(rpc=pb.NodeServiceCapability.RPC(type=kind)) for kind in kinds]
         )
@@ -194,7 +195,9 @@ class NodeService(csi_pb2_grpc.NodeServicer):
             flags = check_capability(request.volume_capability)
             spec = parse_attributes(attributes, flags=flags, loopback=self._loopback, inline=is_inline(attributes))
             publish = self._node.publish_dynamic if spec.dynamic else self._node.publish
-            await publish(request.volume_id, target, spec, dict(request.secrets), attributes)
+            mode = request.volume_capability.access_mode.mode
+            exclusive = mode == pb.VolumeCapability.AccessMode.SINGLE_NODE_SINGLE_WRITER
+            await publish(request.volume_id, target, spec, dict(request.secrets), attributes, exclusive=exclusive)
 
         self._bridge.run(context, work, self._node.events.reporting(attributes))
         return pb.NodePublishVolumeResponse()
@@ -241,9 +244,10 @@ class ControllerService(csi_pb2_grpc.ControllerServicer):
 
     def ControllerGetCapabilities(self, request: Any, context: Any) -> pb.ControllerGetCapabilitiesResponse:
         """Create and delete."""
-        kind = pb.ControllerServiceCapability.RPC.CREATE_DELETE_VOLUME
-        rpc = pb.ControllerServiceCapability.RPC(type=kind)
-        return pb.ControllerGetCapabilitiesResponse(capabilities=[pb.ControllerServiceCapability(rpc=rpc)])
+        rpc = pb.ControllerServiceCapability.RPC
+        kinds = (rpc.CREATE_DELETE_VOLUME, rpc.SINGLE_NODE_MULTI_WRITER)
+        capabilities = [pb.ControllerServiceCapability(rpc=rpc(type=kind)) for kind in kinds]
+        return pb.ControllerGetCapabilitiesResponse(capabilities=capabilities)
 
     def CreateVolume(self, request: pb.CreateVolumeRequest, context: Any) -> pb.CreateVolumeResponse:
         """Pin a reference."""

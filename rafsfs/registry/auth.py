@@ -84,7 +84,6 @@ class Authorizer:
         self._grants: dict[Scope, _Grant] = {}
         self._locks: dict[Scope, trio.Lock] = {}
         self._credential: Credential | None = None
-        self._looked = False
         self._look = trio.Lock()
 
     def header(self, scope: Scope) -> str | None:
@@ -122,16 +121,14 @@ class Authorizer:
         return AccessDeniedError(f"access to {self._registry}/{self._repository} denied ({why}); {what}")
 
     async def look_up(self) -> Credential | None:
-        """Return the configured credential. Looked up once; helpers run in a thread."""
+        """Return the configured credential as it is now: it may have been rotated since the last one. Helpers run in a thread."""
         async with self._look:
-            if not self._looked:
-                # Abandoned on cancellation: the helper ends by its own time limit and nobody waits for it.
-                self._credential = await trio.to_thread.run_sync(
-                    lambda: find_credential(self._registry, self._docker_config, repository=self._repository),
-                    abandon_on_cancel=True,
-                )
-                self._looked = True
-        return self._credential
+            # Abandoned on cancellation: the helper ends by its own time limit and nobody waits for it.
+            self._credential = await trio.to_thread.run_sync(
+                lambda: find_credential(self._registry, self._docker_config, repository=self._repository),
+                abandon_on_cancel=True,
+            )
+            return self._credential
 
     async def _obtain(self, scope: Scope, challenges: list[Challenge]) -> _Grant:
         credential = await self.look_up()

@@ -47,6 +47,18 @@ def test_examples_wait_for_their_model_and_see_it_mounted_anew(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run_nothing_of_ours_as_root(path: Path) -> None:
+    for _, spec in pod_specs(documents_in(path)):
+        for container in containers(spec):
+            context = container.get("securityContext", {})
+            assert context.get("runAsUser", 1) != 0, "of whatever image"
+            assert not context.get("privileged")
+            if "/rafs:" in container["image"]:
+                assert context["runAsNonRoot"], container["name"]
+                assert not context["allowPrivilegeEscalation"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_volumes_and_classes_of_examples_are_what_the_driver_takes(path: Path) -> None:
     for document in documents_in(path):
         if document["kind"] == "StorageClass":

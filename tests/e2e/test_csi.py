@@ -13,10 +13,12 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -100,7 +102,7 @@ def test_csi_sanity_passes(kubelet: Kubelet, registry: Registry, tmp_path: Path,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
-    assert "32 Passed | 0 Failed" in done.stdout, done.stdout[-2000:]
+    assert "33 Passed | 0 Failed" in done.stdout, done.stdout[-2000:]
 
 
 def test_ten_pods_of_one_model_fetch_it_once_and_read_on_when_the_driver_dies(
@@ -174,6 +176,46 @@ def test_who_may_not_pull_may_not_read_what_another_pod_has_fetched(kubelet: Kub
     for volume, pod in (("csi-good", "good"), ("csi-other", "other"), ("csi-bad", "bad")):
         kubelet.unpublish(volume, pod)
     assert list((kubelet.node.cache / "csi" / "auth").iterdir()) == []
+
+
+def test_credentials_are_rotated_under_a_reader_and_nothing_is_mounted_anew(kubelet: Kubelet, tmp_path: Path) -> None:
+    def secret_of(password: str) -> tuple[str, dict[str, str]]:
+        auth = base64.b64encode(f"ada:{password}".encode()).decode()
+        return auth, {".dockerconfigjson": json.dumps({"auths": {registry.address: {"auth": auth}}})}
+
+    with running_token_registry(tmp_path / "registry", life_s=1) as registry:  # no token is used twice
+        assert registry.tokens is not None
+        top = source(tmp_path, size=24 << 20)
+        ref = f"{registry.address}/csi/private:v1"
+        _, first = secret_of(registry.password)
+        (kubelet.node.home / ".docker").mkdir()
+        (kubelet.node.home / ".docker" / "config.json").write_text(first[".dockerconfigjson"])
+        kubelet.node.build(top, ref)
+        shutil.rmtree(kubelet.node.home / ".docker")
+        target = kubelet.publish("csi-1", {"ref": ref}, secrets=first)
+        before = _mount_at(target)
+        wanted = (top / "weights.bin").read_bytes()
+        with (target / "weights.bin").open("rb", buffering=0) as file:
+            assert file.read(1 << 20) == wanted[: 1 << 20]
+            auth, second = secret_of("new")
+            registry.tokens.basic = f"Basic {auth}"
+            kubelet.publish("csi-1", {"ref": ref}, secrets=second)
+            assert _mount_at(target) == before
+            assert os.pread(file.fileno(), 1 << 20, 23 << 20) == wanted[23 << 20 :]
+            assert registry.tokens.authorizations[-1] == registry.tokens.basic
+        assert compare_trees(top, target) == []
+        with pytest.raises(grpc.RpcError) as error:
+            kubelet.publish("csi-1", {"ref": ref}, secrets=first)
+        assert code(error) is grpc.StatusCode.UNAUTHENTICATED
+        assert _mount_at(target) == before, "what is mounted stays, whatever a later publish brings"
+        kubelet.unpublish("csi-1")
+
+
+def _mount_at(target: Path) -> str:
+    """The kernel's number of the mount at a path, which no other mount has while it lives."""
+    lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    (number,) = [fields[0] for fields in lines if fields[4] == str(target)]
+    return number
 
 
 def test_a_claim_keeps_the_content_that_its_tag_had(kubelet: Kubelet, registry: Registry, tmp_path: Path) -> None:
@@ -279,13 +321,54 @@ def test_a_pod_adds_and_removes_models(kubelet: Kubelet, registry: Registry, tmp
     kubelet.kill_driver()
     kubelet.start()
     wait_for(lambda: node.run("models", "ls", *socket).returncode == 0, "the next driver serves the socket")
-    listed = json.loads(node.run("models", "ls", "--json", *socket).stdout)["models"]
+    listed = _ask_as_nobody(target, "GET", "/v1/models")["models"]
     assert [model["name"] for model in listed] == ["model-0", "model-1"]
+    assert _ask_as_nobody(target, "PUT", "/v1/models/model-0", {"ref": refs[0]})["name"] == "model-0"
     for n, top in enumerate(tops):
         assert compare_trees(top, target / f"model-{n}") == []
+    page = f"http://127.0.0.1:{kubelet.pages}/v1/pods/uid-pod/volumes"
+    wait = ("--until", "complete", "--url", page, "--timeout", "30s")
+    assert node.run("wait", target / "model-1", *wait).returncode == 0
+    request = pb.NodeGetVolumeStatsRequest(volume_id="csi-dynamic", volume_path=str(target))
+    stats = kubelet.call("Node", "NodeGetVolumeStats", request)
+    assert not stats.volume_condition.abnormal, stats
+    assert stats.usage[0].used == stats.usage[0].total > 2 << 20
     assert node.run("models", "rm", "model-0", *socket).returncode == 0
     assert sorted(os.listdir(target)) == ["model-1", "rafs.sock"]
     kubelet.unpublish("csi-dynamic")
+
+
+_ASK = """
+import http.client, json, os, socket, sys
+method, path, body = sys.argv[1:]
+class Line(http.client.HTTPConnection):
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect("/mnt/rafs.sock")
+os.setgroups([])
+os.setgid(65532)
+os.setuid(65532)
+line = Line("volume")
+line.request(method, path, body)
+answer = line.getresponse()
+print(answer.read().decode())
+sys.exit(answer.status != 200)
+"""
+"""What any program in a pod can do with the socket, without `rafs` and without being root."""
+
+
+def _ask_as_nobody(target: Path, method: str, path: str, body: object = None) -> dict[str, Any]:
+    text = "" if body is None else json.dumps(body)
+    # A pod has its volume somewhere that it can get at, as /mnt here.
+    command = 'mount --rbind "$1" /mnt && shift && exec "$@"'
+    arguments = [sys.executable, "-c", _ASK, method, path, text]
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "slave", "--", "sh", "-c", command, "sh", str(target), *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def test_pages_and_wait_tell_how_far_a_volume_is(kubelet: Kubelet, registry: Registry, tmp_path: Path) -> None:
@@ -296,6 +379,13 @@ def test_pages_and_wait_tell_how_far_a_volume_is(kubelet: Kubelet, registry: Reg
     assert kubelet.node.run("wait", target, "--until", "first-byte").returncode == 0
     early = kubelet.node.run("wait", target, "--until", "complete", "--url", url, "--timeout", "1s")
     assert early.returncode == 24, early
+    half = kubelet.publish("csi-3", {"ref": published(registry, kubelet, source(tmp_path, "half"), "half")}, "pod")
+    assert compare_trees(tmp_path / "half", half) == []
+    of_one = ("--url", url, "--timeout", "20s")
+    assert kubelet.node.run("wait", half, "--until", "percent=50", *of_one).returncode == 0, (
+        "by the volume, not the pod"
+    )
+    kubelet.unpublish("csi-3")
     again = {"ref": f"localhost:{registry.port}/csi/model:v1", "prefetch": "all"}
     kubelet.publish("csi-2", again, "other")
     done = kubelet.node.run("wait", target, "--until", "complete", "--url", url, "--timeout", "40s")

@@ -134,6 +134,20 @@ async def test_an_identity_token_is_exchanged(guarded: Registry, tmp_path: Path)
     assert guarded.tokens.authorizations == [None, None]
 
 
+async def test_credentials_that_are_rotated_are_used_by_a_store_that_is_open(tmp_path: Path) -> None:
+    with running_token_registry(tmp_path / "guarded", life_s=2) as registry:  # too short to be used twice
+        async with opened(registry, "a/b", logged_in(tmp_path, registry)) as store:
+            data = noise(1000)
+            await upload(store, data, len(data))
+            assert registry.tokens is not None
+            registry.tokens.basic = "Basic " + base64.b64encode(f"{registry.username}:new".encode()).decode()
+            await trio.sleep(1.2)  # until the token is not used any more
+            with pytest.raises(AccessDeniedError, match="answered 401"):
+                await store.get_blob(Digest.of(data), size=len(data))
+            logged_in(tmp_path, registry, "new")
+            assert await store.get_blob(Digest.of(data), size=len(data)) == data
+
+
 async def test_a_token_server_that_fails_for_a_moment_is_asked_again(guarded: Registry, tmp_path: Path) -> None:
     assert guarded.tokens is not None
     guarded.tokens.failures = 1

@@ -207,6 +207,8 @@ class TokenServer:
     authorizations: list[str | None] = field(default_factory=list)
     failures: int = 0
     """So many next requests are answered with 503."""
+    basic: str = ""
+    """Authorization of who may do everything; assign another, and the old password is refused."""
     life_s: int = 300
 
 
@@ -219,7 +221,7 @@ def running_token_server(username: str, password: str, *, life_s: int = 300) -> 
     server = TokenServer(
         f"http://127.0.0.1:{port}/token", certificate.public_bytes(serialization.Encoding.PEM), life_s=life_s
     )
-    basic = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+    server.basic = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
     x5c = base64.b64encode(certificate.public_bytes(serialization.Encoding.DER)).decode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -243,10 +245,10 @@ def running_token_server(username: str, password: str, *, life_s: int = 300) -> 
                 self._answer(503, {})
                 return
             wrong = identity is not None and identity != server.identity_token
-            if wrong or (identity is None and authorization not in {None, basic}):
+            if wrong or (identity is None and authorization not in {None, server.basic}):
                 self._answer(401, {"errors": [{"code": "UNAUTHORIZED", "message": "wrong password"}]})
                 return
-            known = identity is not None or authorization == basic
+            known = identity is not None or authorization == server.basic
             token = _sign(key, x5c, server, _access(scopes, known=known))
             self._answer(200, {"token": token, "expires_in": server.life_s})
 
