@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -23,16 +24,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tests.support.namespaces import Rig, running_rig
 from tests.support.processes import Node, output_within, running_node, wait_for
 from tests.support.registry import running_registry
 
+from .ballast import Ballast
 from .measure import Row, commit, machine, median, spread, table
 
 _SIZE = 256 << 20
 _ORIGIN_MBIT = 200
 _PEER_MBIT = 400
+_MEMORY = 600 << 20
+"""Of a node: the image in its cache and in the page cache of its mount, and some to spare."""
+_FLOOR_S = 10.0
+"""About as long as a run takes at least."""
+_LOOK_S = 0.25
 
 
 def _read(path: Path) -> int:
@@ -64,9 +72,12 @@ class Result:
 class Field:
     """The rig with its registry and scheduler."""
 
-    def __init__(self, directory: Path, rig: Rig, stack: contextlib.ExitStack, peers: int, seeds: int) -> None:
+    def __init__(
+        self, directory: Path, rig: Rig, stack: contextlib.ExitStack, peers: int, seeds: int, mode: str
+    ) -> None:
         self.directory = directory
         self.rig = rig
+        self._mode = mode
         self._stack = stack
         self._count = 0
         origin = rig.add("origin", _ORIGIN_MBIT)
@@ -109,10 +120,13 @@ class Field:
                 **({"RAFS_SEED": "1"} if name.startswith("seed") else {}),
             }
         home = self.directory / f"{name}-{self._count}"
-        with running_node(home, env=env, inside=self.rig.inside(name)) as node:
-            node.start("daemon", "--cache-dir", node.cache)
-            wait_for((node.cache / "daemon.sock").exists, "a daemon", 60)
-            yield node
+        try:
+            with running_node(home, env=env, inside=self.rig.inside(name)) as node:
+                node.start("daemon", "--cache-dir", node.cache)
+                wait_for((node.cache / "daemon.sock").exists, "a daemon", 60)
+                yield node
+        finally:
+            shutil.rmtree(home, ignore_errors=True)
 
     def run(self, peers: int, seeds: int, *, swarm: bool) -> Result:
         """Start everything anew, read the image on all nodes at once."""
@@ -121,7 +135,7 @@ class Field:
             seeders = [stack.enter_context(self.node(f"seed{number}", scheduler)) for number in range(seeds)]
             nodes = [stack.enter_context(self.node(f"peer{number}", scheduler)) for number in range(peers)]
             before = self.rig.sent_bytes("origin")
-            mounts = [node.mount(self.ref, "mnt", "--plain-http") for node in nodes]
+            mounts = [node.mount(self.ref, "mnt", "--plain-http", "--mode", self._mode) for node in nodes]
             ended: list[float] = []
             errors: list[BaseException] = []
 
@@ -132,19 +146,21 @@ class Field:
                 except BaseException as error:  # noqa: BLE001 - shown by the caller
                     errors.append(error)
 
-            daemons = [node.daemon_pid() for node in nodes]
-            workers = [pid for node in nodes for pid in node.worker_pids()]
-            spent = _spent(daemons), _spent(workers)
-            started, cpu = time.perf_counter(), _busy()
-            threads = [threading.Thread(target=read, args=(mounted,)) for mounted in mounts]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(600)
+            daemons = Meter([node.daemon_pid() for node in nodes])
+            workers = Meter([pid for node in nodes for pid in node.worker_pids()])
+            with contextlib.closing(Ballast(_MEMORY * (peers + seeds))) as ballast:
+                ballast.hold()
+                with daemons, workers, ballast.giving(_FLOOR_S):
+                    started, cpu = time.perf_counter(), _busy()
+                    threads = [threading.Thread(target=read, args=(mounted,)) for mounted in mounts]
+                    for thread in threads:
+                        thread.start()
+                    for thread in threads:
+                        thread.join(600)
             if errors or len(ended) != peers:
                 raise RuntimeError(f"{len(ended)} of {peers} nodes have read: {errors[:1]}")
             last, cpu = max(ended) - started, _busy() - cpu
-            daemon, worker = _spent(daemons) - spent[0], _spent(workers) - spent[1]
+            daemon, worker = daemons.seconds, workers.seconds
             link = self.rig.sent_bytes("origin") - before
             origin = sum(node.status()["fetch"].get("origin_bytes", 0) for node in [*seeders, *nodes])
             return Result(last, origin / _SIZE, link / _SIZE, cpu, daemon / peers, worker / peers)
@@ -159,13 +175,43 @@ def _busy() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def _spent(pids: list[int]) -> float:
-    """CPU seconds of processes so far."""
-    total = 0
-    for pid in pids:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(words[11]) + int(words[12])
-    return total / os.sysconf("SC_CLK_TCK")
+class Meter:
+    """CPU seconds that processes spend while the block runs. One that ends counts as it was last seen: a mount whose image becomes complete
+    needs its server no more.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+        self._before: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    @property
+    def seconds(self) -> float:
+        """Of all of them together."""
+        return sum(self._last[pid] - self._before[pid] for pid in self._before)
+
+    def __enter__(self) -> Self:
+        self._look()
+        self._before = dict(self._last)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        for pid in self._pids:
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                self._last[pid] = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
@@ -177,13 +223,16 @@ def main() -> int:
     parser.add_argument(
         "--direct", type=int, nargs="*", help="N of the runs without a swarm, once each (default: as --peers)"
     )
+    parser.add_argument("--mode", default="fuse", help="of the mounts (see rafs mount --help)")
     arguments = parser.parse_args()
     direct = arguments.peers if arguments.direct is None else arguments.direct
     print(f"{commit()}; {machine()}", flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="rafs-swarm-") as directory, contextlib.ExitStack() as stack:
         rig = stack.enter_context(running_rig())
-        field = Field(Path(directory), rig, stack, max([*arguments.peers, *direct, 1]), max(arguments.seeds))
+        field = Field(
+            Path(directory), rig, stack, max([*arguments.peers, *direct, 1]), max(arguments.seeds), arguments.mode
+        )
         floors: list[float] = []
         results: dict[tuple[int, int], list[Result]] = {}
         for number in range(arguments.rounds):
