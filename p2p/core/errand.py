@@ -100,12 +100,17 @@ class Errand:
         self._meet = meet
         self._ours: list[int] = []
         self._until: dict[int, float] = {}
+        self._coming: set[int] = set()
+        """What is followed from the beginning, beside the rest of the errand."""
         self._follow: dict[tuple[str, int], list[int]] = {}
         """Of parent and group, chunks to be followed."""
 
     def steps(self, now: float) -> Steps:
         """Say step after step; return the outcome."""
         task, content = self._task, self._task.content
+        coming = self._begin_to_follow(now)
+        if coming:
+            now = (yield Perform(coming)).now
         for attempt in range(ROUNDS):
             wanted = self._missing()
             offers = task.offers(wanted, now)
@@ -117,7 +122,7 @@ class Errand:
                 if missing and attempt < ROUNDS - 1:
                     continue
             if not missing:
-                return Outcome(self._ours, [])
+                return Outcome(self._ours, self._still_coming(now))
             now = yield from self._rule(missing, now)
             # While the scheduler was asked, a neighbour may have announced what nobody had before.
             if not task.offers(list(self._until), now):
@@ -128,11 +133,37 @@ class Errand:
         follows = self._follows()
         if follows:
             yield Perform(follows)
-        return Outcome(content.missing(self._ours), waiting)
+        return Outcome(content.missing(self._ours), self._still_coming(now) + waiting)
 
     def _missing(self) -> list[int]:
         missing = self._task.content.missing(self._chunks)
-        return [chunk for chunk in missing if chunk not in self._ours] if self._ours else missing
+        settled = self._coming.union(self._ours) if self._ours else self._coming
+        return [chunk for chunk in missing if chunk not in settled] if settled else missing
+
+    def _begin_to_follow(self, now: float) -> Effects:
+        """Follow groups of which a neighbour has a part and gets the rest: all of it in one request, not the part now and the rest then."""
+        task, content = self._task, self._task.content
+        groups: dict[int, list[int]] = {}
+        for chunk in content.missing(self._chunks):
+            groups.setdefault(content.group(chunk), []).append(chunk)
+        for group, chunks in groups.items():
+            if group in task.leases or all(task.copies[chunk] for chunk in chunks):
+                continue
+            parent = task.parent_of(group, now)
+            if parent is not None and not any(chunk in task.waiting for chunk in chunks):
+                for chunk in chunks:
+                    self._plan_to_follow(chunk, parent, group, now)
+        self._coming = set(self._until)
+        task.waiting.update(self._until)
+        effects, self._follow, self._until = self._follows(), {}, {}
+        return effects
+
+    def _still_coming(self, now: float) -> list[int]:
+        """Return what was followed from the beginning and is not here. What was given back meanwhile, to nobody, is given back anew."""
+        coming = self._task.content.missing(sorted(self._coming))
+        for chunk in coming:
+            self._task.waiting.setdefault(chunk, now)
+        return coming
 
     def _follows(self) -> Effects:
         task, content = self._task, self._task.content
