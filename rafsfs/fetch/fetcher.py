@@ -49,7 +49,8 @@ from .source import FetchSettings, Source
 _log = logging.getLogger(__name__)
 
 SWARM_BATCH = 4 << 20
-"""Bytes of a batch of prefetch with a swarm: the order of rarity is decided per batch."""
+"""Bytes of a batch of prefetch with a swarm, and of a group of chunks (p2p/protocol/groups.py): a batch is of one group, since each group
+comes from a node of its own; the order of rarity is decided per batch."""
 PEERS_COUNTED = 128
 """Peers that a mount names in its figures; a node that restarts has a new address, and a swarm may have thousands."""
 SWARM_BATCHES = 16
@@ -255,13 +256,16 @@ class Fetcher:
 
     def _ahead_window(self) -> Window:
         limit = self.settings.readahead_bytes
-        return Window(limit, SWARM_BATCH if self._swarm is not None and self._swarm.is_active else limit // AHEAD_STEPS)
+        if self._swarm is not None and self._swarm.is_active:
+            return Window(limit, SWARM_BATCH, SWARM_BATCH)
+        return Window(limit, limit // AHEAD_STEPS)
 
     async def run_worker(self, *, demand_only: bool) -> None:
         """Take flights and fly them, for ever."""
         while True:
             wake = self._queue.wake
-            batch = self._queue.take(self.settings.merge_bytes, demand_only=demand_only)
+            grain = SWARM_BATCH if self._swarm is not None and self._swarm.is_active else 0
+            batch = self._queue.take(self.settings.merge_bytes, demand_only=demand_only, grain=grain)
             if not batch:
                 await wake.wait()
                 continue

@@ -40,6 +40,8 @@ class Window:
 
     limit: int
     step: int
+    grain: int = 1
+    """Of what is asked for: see `Readahead.advance`."""
 
 
 class ChunkGetter(Protocol):
@@ -107,7 +109,14 @@ class Prefetcher:
             file = 0, space.size
         window = self._window()
         for first, stop in ahead.advance(
-            begin, end, file, limit=window.limit, step=window.step, tensor=tensor, following=following
+            begin,
+            end,
+            file,
+            limit=window.limit,
+            step=window.step,
+            tensor=tensor,
+            following=following,
+            grain=window.grain,
         ):
             for index in space.missing(space.table.covering(first, stop - first)):
                 if not account.grant(index, space.table.extent(index)[1]):

@@ -169,8 +169,8 @@ class FlightQueue:
         self.wake.set()
         self.wake = trio.Event()
 
-    def take(self, merge_bytes: int, *, demand_only: bool) -> list[Flight]:
-        """Take the next flight and its queued neighbours, up to one merged read."""
+    def take(self, merge_bytes: int, *, demand_only: bool, grain: int = 0) -> list[Flight]:
+        """Take the next flight and its queued neighbours, up to one merged read, which does not go beyond a multiple of `grain` bytes."""
         first: Flight | None = None
         for queue in self._queues[: 1 if demand_only else 2]:
             while queue and first is None:
@@ -186,7 +186,10 @@ class FlightQueue:
         if first is None:
             return []
         first.started = True
-        batch, size = [first], first.space.table.extent(first.index)[1]
+        offset, size = first.space.table.extent(first.index)
+        batch = [first]
+        end = (offset // grain + 1) * grain - offset if grain else merge_bytes
+        merge_bytes = min(merge_bytes, end)
         index = first.index + 1
         while size < merge_bytes:
             following = self.find(first.space, index)

@@ -70,11 +70,13 @@ class Readahead:
         step: int,
         tensor: Span | None = None,
         following: int = 0,
+        grain: int = 1,
     ) -> list[Span]:
         """Note a demand for bytes [first, stop) of a file at `own`; return the spans to fetch ahead, in order, possibly none.
 
         `limit`: the largest window; `step`: how much of it is asked for at once at least; `tensor`: where the tensor at `first`
-        lies, or the header, or None if the file is not understood; `following`: end of the next file in this data space. Bytes.
+        lies, or the header, or None if the file is not understood; `following`: end of the next file in this data space; `grain`: what
+        is asked for ends at a multiple of it where it can, since that much is got from one place. Bytes.
         """
         found = self._find(first, stop, own)
         if found is None:
@@ -93,6 +95,8 @@ class Readahead:
                 stream.home, stream.settled = tensor[1], True
             target = self._target(stream, stop, own, limit, tensor, following)
         ahead = (max(stop, stream.ahead_to), min(target, self._size))
+        if target not in {stream.home, own[1]} and ahead[1] // grain * grain > ahead[0]:
+            ahead = (ahead[0], ahead[1] // grain * grain)
         whole = target == stream.home
         if ahead[0] < ahead[1] and (
             whole or found is None or ahead[1] - ahead[0] >= min(step, limit // 2, stream.length) or target == own[1]
