@@ -2,7 +2,7 @@
 subscriber.
 
 Frames: length u32 big-endian, msgpack. `[0, bitmap]` all of it, `[1, [chunk, ...]]` more, `[2, [group, ...]]` what is being fetched from
-the registry. docs/protocol/swarm.md.
+the registry, `[3, [group, depth, ...]]` what is being followed. docs/protocol/swarm.md.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LAZY_S: Final = 0.2
 _ALL: Final = 0
 _MORE: Final = 1
 _PENDING: Final = 2
+_RELAYED: Final = 3
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(tuple[int, bytes | list[int]])
 
@@ -42,6 +43,11 @@ def more_frame(chunks: list[int]) -> bytes:
 def pending_frame(groups: list[int]) -> bytes:
     """Return the frame of groups that are being fetched."""
     return _frame([_PENDING, groups])
+
+
+def relayed_frame(depths: dict[int, int]) -> bytes:
+    """Return the frame of groups that are being followed, at what depth."""
+    return _frame([_RELAYED, [number for pair in depths.items() for number in pair]])
 
 
 def _frame(value: list[object]) -> bytes:
@@ -62,6 +68,7 @@ class HaveReader:
         self.frames = 0
         """How many have been whole."""
         self.pending: set[int] = set()
+        self.relayed: dict[int, int] = {}
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[int]:
         """Take bytes; return the chunks that are new."""
@@ -85,6 +92,10 @@ class HaveReader:
             raise FormatError(f"have-map frame is not understood: {error}") from None
         if kind == _PENDING and isinstance(value, list):
             self.pending = set(value[: 1 << 16])
+            return []
+        if kind == _RELAYED and isinstance(value, list):
+            pairs = value[: 1 << 12]
+            self.relayed = {group: depth for group, depth in zip(pairs[::2], pairs[1::2], strict=False) if depth > 0}
             return []
         if kind == _ALL and isinstance(value, bytes):
             if self._has_all:
@@ -123,6 +134,7 @@ class Subscriber:
     def __init__(self) -> None:
         self._chunks: list[int] = []
         self._pending: list[int] | None = None
+        self._relayed: dict[int, int] | None = None
         self._due = math.inf
         self._rest: trio.CancelScope | None = None
         self.ended = False
@@ -143,6 +155,11 @@ class Subscriber:
         self._pending = groups
         self._tell_within(PROMPT_S)
 
+    def set_relayed(self, depths: dict[int, int]) -> None:
+        """These groups are being followed. No checkpoint."""
+        self._relayed = depths
+        self._tell_within(PROMPT_S)
+
     def _tell_within(self, seconds: float) -> None:
         self._due = min(self._due, trio.current_time() + seconds)
         if self._rest is not None:
@@ -156,5 +173,8 @@ class Subscriber:
         self._due = math.inf
         chunks, self._chunks = self._chunks, []
         pending, self._pending = self._pending, None
-        frames = more_frame(chunks) if chunks or pending is None else b""
-        return frames + (pending_frame(pending) if pending is not None else b"")
+        relayed, self._relayed = self._relayed, None
+        frames = more_frame(chunks) if chunks else b""
+        frames += pending_frame(pending) if pending is not None else b""
+        frames += relayed_frame(relayed) if relayed is not None else b""
+        return frames or more_frame([])

@@ -80,10 +80,10 @@ class Neighbour:
         self,
         pool: HttpPool,
         headers: dict[str, str],
-        came: Callable[[Neighbour, list[int], set[int]], None],
+        came: Callable[[Neighbour, list[int], HaveReader], None],
         when_up: Callable[[], None],
     ) -> None:
-        """Keep the have-map until the connection ends; `came` with chunks that are new, and the groups that it is fetching.
+        """Keep the have-map until the connection ends; `came` with chunks that are new, and what else it has told.
 
         Raises AbsentError if the neighbour does not take part, UnavailableError, RemoteError, FormatError.
         """
@@ -113,7 +113,7 @@ class Neighbour:
                     frames = reader.frames
                     fresh = reader.feed(buffer[:got])
                     whole_at = trio.current_time() if reader.frames > frames else whole_at
-                    came(self, fresh, reader.pending)
+                    came(self, fresh, reader)
                     if self.space.complete:
                         return
                     due = max(due, trio.current_time() - 4.0) + got / _HAVE_BYTES_PER_S
@@ -121,17 +121,28 @@ class Neighbour:
             finally:
                 self.view.listening = False
                 self.view.pending = set()
+                self.view.relayed = {}
                 for follow in self.follows:
                     follow.cancel()
         finally:
             response.close()
 
-    async def follow(self, run: Run, pool: HttpPool, headers: dict[str, str], keeper: Keeper, landed: Landed) -> None:
-        """Get a run of chunks that the neighbour is getting itself, each when it is there. Raises as `fetch` does."""
+    async def follow(
+        self,
+        run: Run,
+        pool: HttpPool,
+        headers: dict[str, str],
+        keeper: Keeper,
+        landed: Landed,
+        began: Callable[[], None],
+    ) -> None:
+        """Get a run of chunks that the neighbour is getting itself, each when it is there; `began` when it has agreed. Raises as `fetch`
+        does.
+        """
         with trio.CancelScope() as scope:
             self.follows.add(scope)
             try:
-                await self.fetch(run, pool, {**headers, "Rafs-Follow": "1"}, keeper, landed, follow=True)
+                await self.fetch(run, pool, {**headers, "Rafs-Follow": "1"}, keeper, landed, follow=True, began=began)
             finally:
                 self.follows.discard(scope)
         if scope.cancelled_caught:
@@ -146,6 +157,7 @@ class Neighbour:
         landed: Landed,
         *,
         follow: bool = False,
+        began: Callable[[], None] = lambda: None,
     ) -> None:
         """Get a run of chunks, each stored and announced as soon as it is here and right. `follow`: they need not be there yet.
 
@@ -158,6 +170,7 @@ class Neighbour:
         failure: RafsError | None = None
         try:
             async with self._request(run, pool, headers) as (response, count):
+                began()
                 position = table.extent(run.first)[0]
                 for chunk in range(run.first, run.first + count):
                     offset, length = table.extent(chunk)

@@ -35,11 +35,12 @@ from rafsfs.store.cache import Cache
 from rafsfs.store.data_space import DataSpace
 
 from .content import SpaceContent
-from .core.effects import Effects, FillGroup, Follow, Listen, Requeue, Send, ShowPending
+from .core.effects import Effects, FillGroup, Follow, Listen, Requeue, Send, ShowPending, ShowRelayed
 from .core.errand import Inquire, Outcome, Reply, Take
 from .core.peer import PeerCore
 from .core.task import PeerTask
 from .decision_log import log_effect, log_rulings, log_step
+from .have import HaveReader
 from .keeping import KEEPERS, Keeper
 from .link import Link, Links, parse_addresses
 from .neighbour import AbsentError, BusyError, Neighbour
@@ -369,8 +370,11 @@ class SwarmPeer:
             def landed(chunk: int) -> None:
                 self.arrived(task.task, chunk, address, None)
 
+            def began() -> None:
+                self._perform(self.core.follow_began(task.task, run))
+
             try:
-                await neighbour.follow(run, self._pool, self._headers, self._keeper, landed)
+                await neighbour.follow(run, self._pool, self._headers, self._keeper, landed, began)
                 refused = False
             except* IntegrityError as group:
                 self._note_corrupt(task, neighbour, group.exceptions[0])
@@ -417,9 +421,9 @@ class SwarmPeer:
             nonlocal attempt
             attempt = 0
 
-        def came(_: Neighbour, fresh: list[int], fetching: set[int]) -> None:
-            if fetching is not view.pending:
-                self.core.is_fetching(view, fetching)
+        def came(_: Neighbour, fresh: list[int], told: HaveReader) -> None:
+            if told.pending is not view.pending or told.relayed is not view.relayed:
+                self.core.is_fetching(view, told.pending, told.relayed)
             self._perform(self.core.heard(task, fresh))
             self._wake_plans()
 
@@ -495,6 +499,8 @@ class SwarmPeer:
                 self.fill_group(effect.task, effect.chunks)
             elif isinstance(effect, ShowPending):
                 self._uploads.set_pending(effect.task, effect.groups)
+            elif isinstance(effect, ShowRelayed):
+                self._uploads.set_relayed(effect.task, effect.depths)
             elif isinstance(effect, Follow):
                 task = self.core.tasks.get(effect.task)
                 if task is not None and self._nursery is not None:

@@ -22,7 +22,7 @@ from rafsfs.net.http_server import Answer, FileParts, FileRange, Request
 from rafsfs.store.data_space import DataSpace
 
 from .entitlement import proof, whole_proof
-from .have import Subscriber, all_frame, pending_frame
+from .have import Subscriber, all_frame, pending_frame, relayed_frame
 from .protocol.groups import group_of, pack_bits
 
 SLOTS: Final = 16
@@ -55,6 +55,8 @@ class Uploads:
         self._token = token
         self._busy = 0
         self._subscribers: dict[bytes, set[Subscriber]] = {}
+        self._relayed: dict[bytes, dict[int, int]] = {}
+        """Of task, groups that are followed here, and at what depth."""
         self._followers: defaultdict[tuple[bytes, int], list[trio.Event]] = defaultdict(list)
         """Of task and group: each is set when there may be more to send."""
         self.counters: Counter[str] = Counter()
@@ -93,6 +95,7 @@ class Uploads:
 
     def drop(self, space_id: bytes) -> None:
         """End the have-maps of a data space that is no longer offered. No checkpoint."""
+        self._relayed.pop(space_id, None)
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.end()
 
@@ -100,10 +103,27 @@ class Uploads:
         """Tell all who listen what is being fetched. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.set_pending(groups)
+        self._wake_followers(space_id)
+
+    def set_relayed(self, space_id: bytes, depths: dict[int, int]) -> None:
+        """Tell all who listen what is being followed, and may be followed here. No checkpoint."""
+        if depths:
+            self._relayed[space_id] = depths
+        else:
+            self._relayed.pop(space_id, None)
+        for subscriber in self._subscribers.get(space_id, ()):
+            subscriber.set_relayed(depths)
+        self._wake_followers(space_id)
+
+    def _wake_followers(self, space_id: bytes) -> None:
+        """Let those see that nothing more comes who follow what is not being got any more."""
         for (task, group), followers in self._followers.items():
-            if task == space_id and group not in groups:
+            if task == space_id and not self._is_coming(space_id, group):
                 for event in followers:
                     event.set()
+
+    def _is_coming(self, space_id: bytes, group: int) -> bool:
+        return group in self._pending(space_id) or group in self._relayed.get(space_id, ())
 
     def _chunks(self, space_id: bytes, first: int, last: int, shown: str, *, follow: bool) -> Answer:
         space = self._find_space(space_id)
@@ -139,12 +159,12 @@ class Uploads:
 
     def _pass_on(self, space: DataSpace, first: int, last: int) -> Answer:
         """Answer with chunks that are here and others that are to come."""
-        pending = self._pending(space.space_id)
+        coming = len(self._pending(space.space_id)) + len(self._relayed.get(space.space_id, ()))
         group = group_of(space.table.extent(first)[0])
         key = (space.space_id, group)
         if group_of(space.table.extent(last)[0]) != group:
             return Answer(409, b"more than a group cannot be followed\n")
-        if len(self._followers.get(key, ())) >= max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(pending))):
+        if len(self._followers.get(key, ())) >= max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, coming)):
             return Answer(409, b"enough follow already\n")
         start, end = space.table.extent(first)[0], sum(space.table.extent(last))
         try:
@@ -183,9 +203,9 @@ class Uploads:
                 position = end
                 first += count
                 continue
-            if key[1] not in self._pending(key[0]) and trio.current_time() >= grace:
+            if not self._is_coming(*key) and trio.current_time() >= grace:
                 return
-            with trio.move_on_at(math.inf if key[1] in self._pending(key[0]) else grace):
+            with trio.move_on_at(math.inf if self._is_coming(*key) else grace):
                 await slot[0].wait()
             following = trio.Event()
             followers = self._followers[key]
@@ -202,6 +222,7 @@ class Uploads:
         with self._subscribed(space.space_id) as subscriber:
             present = [chunk for chunk in range(space.table.count) if space.is_present(chunk)]
             yield all_frame(pack_bits(present, space.table.count)) + pending_frame(self._pending(space.space_id))
+            yield relayed_frame(self._relayed.get(space.space_id, {}))
             while not subscriber.ended:
                 yield await subscriber.next(KEEP_ALIVE_S)
 

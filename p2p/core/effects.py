@@ -42,6 +42,14 @@ class ShowPending:
 
 
 @dataclass(frozen=True, slots=True)
+class ShowRelayed:
+    """Tell all who listen which groups are being followed here, and at what depth: others may follow them here."""
+
+    task: bytes
+    depths: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Listen:
     """Listen to the have-map of a new neighbour."""
 
@@ -51,11 +59,13 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class Follow:
-    """Take chunks from a neighbour that is getting them, as they come; then say how it ended (`PeerCore.follow_ended`)."""
+    """Take chunks from a neighbour that is getting them, as they come; say when it begins (`PeerCore.follow_began`) and how it ended
+    (`PeerCore.follow_ended`).
+    """
 
     task: bytes
     run: Run
 
 
-Effect = Send | Requeue | FillGroup | ShowPending | Listen | Follow
+Effect = Send | Requeue | FillGroup | ShowPending | ShowRelayed | Listen | Follow
 Effects = list[Effect]

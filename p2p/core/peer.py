@@ -31,10 +31,10 @@ from ..protocol.messages import (
     Verdict,
 )
 from ..selection import Run
-from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending
+from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending, ShowRelayed
 from .errand import WAIT_S, Errand
 from .prefetch import Prefetch
-from .task import Content, NeighbourView, PeerTask, Standing
+from .task import MOST_DEPTH, Content, NeighbourView, PeerTask, Standing
 
 NEWS_S: Final = 0.5
 """How long complete groups are gathered before the scheduler is told, unless they end a lease."""
@@ -135,6 +135,7 @@ class PeerCore:
         if group in task.finished or not task.is_complete(group):
             return []
         task.finished.add(group)
+        task.depths.pop(group, None)
         task.news.append(group)
         if task.leases.pop(group, None) is None:
             return []
@@ -197,6 +198,21 @@ class PeerCore:
                 effects.append(Requeue(task.task, chunk))
         return effects
 
+    def follow_began(self, task_id: bytes, run: Run) -> Effects:
+        """A neighbour sends a group as it gets it: others may have it from here likewise."""
+        task = self.tasks.get(task_id)
+        view = task.neighbours.get(run.peer) if task is not None else None
+        if task is None or view is None:
+            return []
+        group = task.content.group(run.first)
+        # Whom the scheduler named is one that fetches it, though he has not said so himself yet.
+        depth = 1 if group in view.pending else view.relayed.get(group, 0) + 1
+        if group in task.leases or depth > task.depths.get(group, MOST_DEPTH):
+            return []
+        task.depths[group] = depth
+        task.relayed[group] = depth
+        return [ShowRelayed(task_id, dict(task.relayed))]
+
     def follow_ended(self, task_id: bytes, run: Run, now: float, *, refused: bool) -> Effects:
         """A neighbour sends no more of a group. What it did not send is waited for if it `refused` to pass it on, else got otherwise."""
         task = self.tasks.get(task_id)
@@ -206,23 +222,28 @@ class PeerCore:
         task.followed.difference_update(chunks)
         left = task.content.missing(chunks)
         view = task.neighbours.get(run.peer)
+        group = task.content.group(run.first)
         if left and view is not None:
-            view.unfollowed.add(task.content.group(left[0]))
+            view.unfollowed.add(group)
         effects: Effects = []
+        if task.relayed.pop(group, None) is not None:
+            effects.append(ShowRelayed(task_id, dict(task.relayed)))
         for chunk in left:
             if chunk not in task.waiting:
                 continue
-            if refused and task.rest_of_holders(chunk) is None:
+            if refused and task.rest_of_holders(chunk) is None and task.parent_of(group, now) is None:
                 task.waiting[chunk] = now + WAIT_S * (0.5 + self.rng.random())
             else:
                 del task.waiting[chunk]
                 effects.append(Requeue(task.task, chunk))
         return effects
 
-    def is_fetching(self, view: NeighbourView, groups: set[int]) -> None:
-        """A neighbour has said which groups it is fetching from the registry."""
+    def is_fetching(self, view: NeighbourView, groups: set[int], relayed: dict[int, int] | None = None) -> None:
+        """A neighbour has said which groups it is fetching from the registry, and which it is following, at what depth."""
         view.pending = groups
-        view.unfollowed &= groups
+        if relayed is not None:
+            view.relayed = relayed
+        view.unfollowed &= groups | view.relayed.keys()
 
     def silent(self, task: PeerTask) -> None:
         """Somebody is gone: what waits asks again at the next tick."""

@@ -16,6 +16,8 @@ from ..selection import FIRST_RATE, Offer
 if TYPE_CHECKING:
     from .prefetch import Prefetch
 
+MOST_DEPTH: Final = 6
+"""Nodes in a row between a reader and the registry at most: each passes a group on to two or more, and each adds a chunk's time."""
 MOST_COPIES: Final = 254
 """Copies of a chunk among neighbours are counted up to here."""
 _WEIGHT: Final = 0.3
@@ -87,8 +89,10 @@ class NeighbourView:
     """One byte per chunk: 1 is there."""
     pending: set[int] = field(default_factory=set)
     """Groups that it is fetching from the registry."""
+    relayed: dict[int, int] = field(default_factory=dict)
+    """Groups that it is getting from who gets them, and how many nodes lie between it and the registry."""
     unfollowed: set[int] = field(default_factory=set)
-    """Of these, those that it did not pass on as they came: not asked for so again."""
+    """Of both, those that it did not pass on as they came: not asked for so again."""
     listening: bool = False
     """Whether its have-map is followed; otherwise it may be gone."""
 
@@ -112,6 +116,11 @@ class PeerTask:
     """Of chunks that wait for a neighbour, until when."""
     followed: set[int] = field(default_factory=set)
     """Of these, those that a neighbour sends as it gets them itself."""
+    relayed: dict[int, int] = field(default_factory=dict)
+    """Groups that are followed now, and at what depth: 1 behind the node that fetches them, 2 behind that one, and so on."""
+    depths: dict[int, int] = field(default_factory=dict)
+    """Of incomplete groups, the least depth at which they have been followed. Nobody is followed who is not nearer to the registry than
+    that: so whatever ends and begins anew, no two nodes wait for each other."""
     joined: str = ""
     """Address of the scheduler that knows of us."""
     finished: set[int] = field(default_factory=set)
@@ -172,13 +181,19 @@ class PeerTask:
         return offers
 
     def parent_of(self, group: int, now: float) -> NeighbourView | None:
-        """Return the neighbour that passes on a group as it gets it, None if nobody near does."""
+        """Return the neighbour that passes on a group as it gets it, None if nobody near does: whoever fetches it, until he has refused,
+        then one of those nearest to him, the one with least on its way.
+        """
+        best, rank = None, (self.depths.get(group, MOST_DEPTH), 0)
         for n in self.neighbours.values():
-            if group in n.pending and n.listening and group not in n.unfollowed:
+            if n.listening and group not in n.unfollowed:
+                depth = 0 if group in n.pending else n.relayed.get(group)
                 s = n.standing
-                if s.rests_until <= now and not s.banned:
-                    return n
-        return None
+                if depth is None or depth >= MOST_DEPTH or s.rests_until > now or s.banned:
+                    continue
+                if (depth, s.under_way + s.bytes_got) < rank:
+                    best, rank = n, (depth, s.under_way + s.bytes_got)
+        return best
 
     def rest_of_holders(self, chunk: int) -> float | None:
         """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""
