@@ -130,7 +130,7 @@ class Errand:
         waiting = content.missing(self._until)
         for chunk in waiting:
             task.waiting[chunk] = self._until[chunk]
-        follows = self._follows()
+        follows = self._follows(now)
         if follows:
             yield Perform(follows)
         return Outcome(content.missing(self._ours), self._still_coming(now) + waiting)
@@ -155,7 +155,7 @@ class Errand:
                     self._plan_to_follow(chunk, parent, group, now)
         self._coming = set(self._until)
         task.waiting.update(self._until)
-        effects, self._follow, self._until = self._follows(), {}, {}
+        effects, self._follow, self._until = self._follows(now), {}, {}
         return effects
 
     def _still_coming(self, now: float) -> list[int]:
@@ -165,17 +165,23 @@ class Errand:
             self._task.waiting.setdefault(chunk, now)
         return coming
 
-    def _follows(self) -> Effects:
+    def _follows(self, now: float) -> Effects:
         task, content = self._task, self._task.content
         found: Effects = []
-        for (peer, _), chunks in self._follow.items():
+        for (peer, group), chunks in self._follow.items():
             left = content.missing(chunks)
+            view = task.neighbours.get(peer)
+            depth = view.depth(group) if view is not None else None
+            if not task.relays.admits(group, depth):  # it was nearer to the registry when that was decided
+                task.waiting.update(dict.fromkeys(left, now))
+                continue
             task.followed.update(left)
             while left:
                 count = 1
                 while count < len(left) and left[count] == left[0] + count:
                     count += 1
                 run = Run(peer, left[0], count, sum(map(content.length, left[:count])))
+                task.relays.plan(group, (peer, left[0]), depth)
                 found.append(Follow(task.task, run))
                 del left[:count]
         return found

@@ -34,7 +34,7 @@ from ..selection import Run
 from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending, ShowRelayed
 from .errand import WAIT_S, Errand
 from .prefetch import Prefetch
-from .task import MOST_DEPTH, Content, NeighbourView, PeerTask, Standing
+from .task import Content, NeighbourView, PeerTask, Standing
 
 NEWS_S: Final = 0.5
 """How long complete groups are gathered before the scheduler is told, unless they end a lease."""
@@ -111,12 +111,26 @@ class PeerCore:
                 missing = task.content.missing(task.content.chunks_of(ruling.group))
                 if missing:
                     task.leases[ruling.group] = now
+                    effects += self._lead(task, ruling.group, missing)
                     effects.append(FillGroup(task_id, missing))
                 else:
                     task.news.append(ruling.group)
                     effects += self._tell_news(task)
         if effects:
             effects.append(ShowPending(task_id, list(task.leases)))
+        return effects
+
+    def _lead(self, task: PeerTask, group: int, missing: list[int]) -> Effects:
+        """What is to be fetched here is waited for nowhere else."""
+        followed = task.relays.follows(group)
+        task.relays.lead(group)
+        if not followed:
+            return []
+        effects: Effects = [ShowRelayed(task.task, task.relays.shown())]
+        for chunk in missing:
+            task.followed.discard(chunk)
+            if task.waiting.pop(chunk, None) is not None:
+                effects.append(Requeue(task.task, chunk))
         return effects
 
     def landed(self, task_id: bytes, chunk: int, now: float) -> Effects:
@@ -135,7 +149,7 @@ class PeerCore:
         if group in task.finished or not task.is_complete(group):
             return []
         task.finished.add(group)
-        task.depths.pop(group, None)
+        task.relays.complete(group)
         task.news.append(group)
         if task.leases.pop(group, None) is None:
             return []
@@ -204,14 +218,8 @@ class PeerCore:
         view = task.neighbours.get(run.peer) if task is not None else None
         if task is None or view is None:
             return []
-        group = task.content.group(run.first)
-        # Whom the scheduler named is one that fetches it, though he has not said so himself yet.
-        depth = 1 if group in view.pending else view.relayed.get(group, 0) + 1
-        if group in task.leases or depth > task.depths.get(group, MOST_DEPTH):
-            return []
-        task.depths[group] = depth
-        task.relayed[group] = depth
-        return [ShowRelayed(task_id, dict(task.relayed))]
+        task.relays.begin(task.content.group(run.first))
+        return [ShowRelayed(task_id, task.relays.shown())]
 
     def follow_ended(self, task_id: bytes, run: Run, now: float, *, refused: bool) -> Effects:
         """A neighbour sends no more of a group. What it did not send is waited for if it `refused` to pass it on, else got otherwise."""
@@ -226,8 +234,10 @@ class PeerCore:
         if left and view is not None:
             view.unfollowed.add(group)
         effects: Effects = []
-        if task.relayed.pop(group, None) is not None:
-            effects.append(ShowRelayed(task_id, dict(task.relayed)))
+        before = task.relays.shown()
+        task.relays.end(group, (run.peer, run.first))
+        if task.relays.shown() != before:
+            effects.append(ShowRelayed(task_id, task.relays.shown()))
         for chunk in left:
             if chunk not in task.waiting:
                 continue
@@ -238,12 +248,16 @@ class PeerCore:
                 effects.append(Requeue(task.task, chunk))
         return effects
 
-    def is_fetching(self, view: NeighbourView, groups: set[int], relayed: dict[int, int] | None = None) -> None:
+    def is_getting(self, task: PeerTask, view: NeighbourView, fetching: set[int], following: dict[int, int]) -> Effects:
         """A neighbour has said which groups it is fetching from the registry, and which it is following, at what depth."""
-        view.pending = groups
-        if relayed is not None:
-            view.relayed = relayed
-        view.unfollowed &= groups | view.relayed.keys()
+        view.pending, view.relayed = fetching, following
+        view.unfollowed &= fetching | following.keys()
+        unshown = task.relays.unshown(view.id)
+        for group in unshown:
+            depth = view.depth(group)
+            if depth is not None:
+                task.relays.show(view.id, group, depth)
+        return [ShowRelayed(task.task, task.relays.shown())] if unshown else []
 
     def silent(self, task: PeerTask) -> None:
         """Somebody is gone: what waits asks again at the next tick."""

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ..protocol.messages import Contact
 from ..selection import FIRST_RATE, Offer
+from .relays import Relays
 
 if TYPE_CHECKING:
     from .prefetch import Prefetch
 
-MOST_DEPTH: Final = 6
-"""Nodes in a row between a reader and the registry at most: each passes a group on to two or more, and each adds a chunk's time."""
 MOST_COPIES: Final = 254
 """Copies of a chunk among neighbours are counted up to here."""
 _WEIGHT: Final = 0.3
@@ -101,6 +100,10 @@ class NeighbourView:
         """The id of the peer."""
         return self.standing.contact.id
 
+    def depth(self, group: int) -> int | None:
+        """Return how many nodes lie between it and the registry for a group that it is getting; None if it has not said that it does."""
+        return 0 if group in self.pending else self.relayed.get(group)
+
 
 @dataclass(slots=True, eq=False)
 class PeerTask:
@@ -116,11 +119,8 @@ class PeerTask:
     """Of chunks that wait for a neighbour, until when."""
     followed: set[int] = field(default_factory=set)
     """Of these, those that a neighbour sends as it gets them itself."""
-    relayed: dict[int, int] = field(default_factory=dict)
-    """Groups that are followed now, and at what depth: 1 behind the node that fetches them, 2 behind that one, and so on."""
-    depths: dict[int, int] = field(default_factory=dict)
-    """Of incomplete groups, the least depth at which they have been followed. Nobody is followed who is not nearer to the registry than
-    that: so whatever ends and begins anew, no two nodes wait for each other."""
+    relays: Relays = field(default_factory=Relays)
+    """What is followed, and how far from the registry that is."""
     joined: str = ""
     """Address of the scheduler that knows of us."""
     finished: set[int] = field(default_factory=set)
@@ -184,12 +184,11 @@ class PeerTask:
         """Return the neighbour that passes on a group as it gets it, None if nobody near does: whoever fetches it, until he has refused,
         then one of those nearest to him, the one with least on its way.
         """
-        best, rank = None, (self.depths.get(group, MOST_DEPTH), 0)
+        best, rank = None, (self.relays.limit(group), 0)
         for n in self.neighbours.values():
             if n.listening and group not in n.unfollowed:
-                depth = 0 if group in n.pending else n.relayed.get(group)
-                s = n.standing
-                if depth is None or depth >= MOST_DEPTH or s.rests_until > now or s.banned:
+                depth, s = n.depth(group), n.standing
+                if depth is None or s.rests_until > now or s.banned:
                     continue
                 if (depth, s.under_way + s.bytes_got) < rank:
                     best, rank = n, (depth, s.under_way + s.bytes_got)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from p2p.have import LAZY_S, PROMPT_S, HaveReader, Subscriber
+from p2p.have import LAZY_S, PROMPT_S, HaveReader, Subscriber, relayed_frame
 
 KEEP_ALIVE_S = 2.0
 
@@ -53,6 +53,28 @@ async def test_what_comes_while_nobody_listens_is_told_next(autojump_clock: trio
     await trio.sleep(1)
     seconds, chunks = await told(subscriber, reader)
     assert (seconds, chunks) == (0, [7])
+
+
+async def test_what_is_followed_is_told_with_its_depth_and_replaces_what_was_told_before() -> None:
+    subscriber, reader = Subscriber(), HaveReader(bytearray(100))
+    subscriber.set_relayed({3: 1, 9: 2})
+    await told(subscriber, reader)
+    assert reader.relayed == {3: 1, 9: 2}
+    subscriber.set_relayed({9: 1})
+    subscriber.add(5, prompt=True)
+    assert (await told(subscriber, reader))[1] == [5]
+    assert reader.relayed == {9: 1}
+    subscriber.set_relayed({})
+    await told(subscriber, reader)
+    assert reader.relayed == {}
+
+
+def test_nobody_is_at_the_registry_who_only_follows() -> None:
+    reader = HaveReader(bytearray(100))
+    reader.feed(relayed_frame({1: 0, 2: -5, 3: 1}) + relayed_frame({4: 1 << 62}))
+    assert reader.relayed == {4: 1 << 62}
+    reader.feed(relayed_frame({1: 0, 2: -5, 3: 1}))
+    assert reader.relayed == {3: 1}
 
 
 async def test_without_news_there_is_a_sign_of_life(autojump_clock: trio.testing.MockClock) -> None:

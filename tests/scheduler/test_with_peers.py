@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from p2p.core.effects import Effects, FillGroup, Follow, Requeue, Send
+from p2p.core.effects import Effects, FillGroup, Follow, Requeue, Send, ShowRelayed
 from p2p.core.errand import Inquire, Outcome, Reply, Steps, Take
 from p2p.core.peer import PeerCore
 from p2p.protocol.messages import VERSION, Answer, Ask, FromPeer, FromScheduler, Hello, Kind
@@ -35,6 +35,8 @@ class Peer:
         self.asked: dict[int, Steps] = {}
         self.to_fetch: set[int] = set()
         self.follows: deque[Run] = deque()
+        self.begun: set[Run] = set()
+        self.shown: dict[int, int] = {}
         self.seen: set[int] = set()
         self.told: tuple[object, int] = (None, 0)
 
@@ -57,6 +59,8 @@ class Swarm(RuleBasedStateMachine):
                 peer.to_fetch |= set(effect.chunks)
             elif isinstance(effect, Follow):
                 peer.follows.append(effect.run)
+            elif isinstance(effect, ShowRelayed):
+                peer.shown = effect.depths
             elif isinstance(effect, Requeue):
                 self.want(peer, effect.chunk)
 
@@ -107,7 +111,7 @@ class Swarm(RuleBasedStateMachine):
                 self.perform(peer, peer.core.part(peer.task, view, unreachable=True))
                 continue
             view.listening = True
-            peer.core.is_fetching(view, set(other.task.leases))
+            self.perform(peer, peer.core.is_getting(peer.task, view, set(other.task.leases), other.shown))
             fresh = [chunk for chunk in other.content.held() if not view.have[chunk]]
             for chunk in fresh:
                 view.have[chunk] = 1
@@ -182,7 +186,19 @@ class Swarm(RuleBasedStateMachine):
         if peer.follows:
             self.end_follow(peer, peer.follows.popleft(), refused=refused)
 
+    @precondition(lambda self: self.peers)
+    @rule(data=st.data())
+    def begin_to_follow(self, data: st.DataObject) -> None:
+        """Whoever is followed agrees if he is getting the group, as what he shows says."""
+        peer = self.peers[data.draw(st.sampled_from(sorted(self.peers)))]
+        for run in peer.follows:
+            other = self.peers.get(run.peer)
+            if other is not None and (run.first in other.task.leases or run.first in other.shown):
+                peer.begun.add(run)
+                self.perform(peer, peer.core.follow_began(TASK, run))
+
     def end_follow(self, peer: Peer, run: Run, *, refused: bool) -> None:
+        peer.begun.discard(run)
         other = self.peers.get(run.peer)
         if not refused and other is not None and other.content.has(run.first):
             self.land(peer, run.first)
@@ -224,6 +240,18 @@ class Swarm(RuleBasedStateMachine):
         for peer in self.peers.values():
             assert peer.task.followed <= set(peer.task.waiting)
             assert not peer.task.followed & set(peer.content.held())
+
+    @invariant()
+    def nobody_is_followed_in_a_circle(self) -> None:
+        for group in range(GROUPS):
+            waits = {
+                name: {run.peer for run in peer.begun if run.first == group and run.first in peer.task.followed}
+                for name, peer in self.peers.items()
+            }
+            while ends := [name for name, parents in waits.items() if not parents & waits.keys()]:
+                for name in ends:
+                    del waits[name]
+            assert not waits, f"group {group} goes in a circle: {waits}"
 
     @invariant()
     def the_engine_counts_right(self) -> None:

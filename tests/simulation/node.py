@@ -460,7 +460,7 @@ class SimNode:
         if self.alive and not self.content.complete and self.task.neighbours.get(view.id) is view:
             view.listening = True
             self.hear(view, have)
-            self.core.is_fetching(view, pending)
+            self.perform(self.core.is_getting(self.task, view, pending, {}))
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
         have = view.have
@@ -495,7 +495,7 @@ class SimNode:
             elif news is not None:
                 node.hear(view, news)
             elif pending is not None:
-                node.core.is_fetching(view, pending)
+                node.perform(node.core.is_getting(node.task, view, pending, {}))
 
     def neighbour_is_silent(self, name: str) -> None:
         """Nothing has come from a neighbour for SILENT_S, or its connection is broken."""
