@@ -69,9 +69,8 @@ class Holder:
             watched = {} if self.connections else {fd: n for n, fd in self.held.items() if n.startswith("pid/")}
             for number in watched:
                 poller.register(number, select.POLLIN)
-            wait_ms = (
-                None if self.resting or self.connections else max(0, int((self.start_at - time.monotonic()) * 1000))
-            )
+            idle = self.resting or self.connections or not self.held
+            wait_ms = None if idle else max(0, int((self.start_at - time.monotonic()) * 1000))
             for number, _ in poller.poll(wait_ms):
                 if number == self.listener.fileno():
                     self.accept()

@@ -78,13 +78,14 @@ def test_a_file_leaves_its_server_once(swarm: Swarm, web: Web, data: bytes) -> N
 
 def test_the_first_fetcher_dies(swarm: Swarm, web: Web, data: bytes) -> None:
     web.files["/m.bin"] = WebFile(data)
-    web.pace.bytes_per_s = 12e6
     first, second = swarm.node("first"), swarm.node("second")
+    web.pace.bytes_per_s = 2e6
     begun = first.start("get", web.url("/m.bin"), first.home / "out", "--scheduler", swarm.address)
     wait_for(lambda: web.bytes_sent > 4e6, "something has come")
     waiting = second.start("get", web.url("/m.bin"), second.home / "out", "--scheduler", swarm.address)
     wait_for(lambda: len(swarm.state()["peers"]) == 2, "the second has come")
     kill(first.daemon_pid())
+    web.pace.bytes_per_s = 20e6
     assert begun.wait(20) == 60
     assert not (first.home / "out" / "m.bin").exists()
     assert waiting.wait(60) == 0, output_within(waiting, b"", 1)
@@ -96,7 +97,7 @@ def test_the_first_fetcher_dies(swarm: Swarm, web: Web, data: bytes) -> None:
 
 def test_a_fetch_that_was_killed_goes_on(node: Node, web: Web, data: bytes) -> None:
     web.files["/m.bin"] = WebFile(data)
-    web.pace.bytes_per_s = 25e6
+    web.pace.bytes_per_s = 5e6
     begun = node.start("get", web.url("/m.bin"), node.home / "out")
     wait_for(lambda: len(list((node.cache / "spaces").glob("*/record"))) >= 1, "a section is complete")
     kill(node.daemon_pid())
