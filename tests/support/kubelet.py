@@ -248,9 +248,8 @@ class Kubelet:
         if self.driver is not None:
             self.kill_driver()
         self.end_daemon()
-        if self._holder is not None:
-            self._holder.kill()
-            self._holder.wait(10)
+        if self._holder is not None and self._holder.poll() is None:
+            self.end_holder()  # with its container, not only what started that
         for _ in range(3):
             for place in mountpoints_below(self.home):
                 subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
