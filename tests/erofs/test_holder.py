@@ -36,9 +36,6 @@ def test_with_nothing_held_and_nobody_connected_it_sleeps(tmp_path: Path, said: 
             connection.connect(str(path))
             connection.send(said)
             connection.recv(4096)
-        time.sleep(
-            0.3
-        )  # its pause before it would start a daemon is over; what is waited for below would be seen before it, too
         wait_for(lambda: waits_for_ever(process.pid), "the holder sleeps")
     finally:
         process.kill()
