@@ -12,7 +12,7 @@ demo: setup
 	@$(PYTHON) scripts/demo.py --registry $(REGISTRY)
 
 test: setup
-	@$(PYTHON) -m pytest
+	@scripts/test.sh
 
 # Format, lint, types, architecture and the fast tests: under a minute.
 check: setup

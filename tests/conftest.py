@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 _OURS = ("rafsfs", "builder", "p2p", "scheduler", "cli")
+
+# No example has a time limit: how long it takes is the machine's affair. The same examples each time, but for who looks deeper.
+settings.register_profile("rafs", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "rafs"))
 
 
 class _Warnings(logging.Handler):

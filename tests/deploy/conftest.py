@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.support.go_tools import go_program
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "chart"
@@ -19,15 +20,8 @@ Render = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def helm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("go") is None:
-        pytest.skip("no Go toolchain to build helm with")
-    program = tmp_path_factory.mktemp("helm") / "helm"
-    subprocess.run(
-        ["go", "build", "-o", program, "helm.sh/helm/v3/cmd/helm"],
-        cwd=ROOT / "tests" / "support" / "helm", check=True, capture_output=True, timeout=900,
-    )  # fmt: skip
-    return program
+def helm() -> Path:
+    return go_program(ROOT / "tests" / "support" / "helm", "helm.sh/helm/v3/cmd/helm")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import pytest
 import rafsfs
 from rafsfs.csi._pb import csi_pb2 as pb
 from tests.support.compare import compare_trees
-from tests.support.kubelet import Installation, running_kubelet
+from tests.support.kubelet import CONTAINER, Installation, running_kubelet
 from tests.support.processes import mountpoints_below, wait_for
 from tests.support.registry import Registry, running_registry
 
@@ -62,7 +62,8 @@ class Containers:
         bundle = self._home / name
         bundle.mkdir(parents=True)
         (bundle / "config.json").write_text(json.dumps(self._config(arguments, shared)))
-        return ["runc", "--root", str(self._home / "state"), "run", "--bundle", str(bundle), name]
+        # In process ids of its own: who kills it ends runc and all that it runs.
+        return [*CONTAINER, "runc", "--root", str(self._home / "state"), "run", "--bundle", str(bundle), name]
 
     def _config(self, arguments: Sequence[str], shared: Path | None) -> dict[str, Any]:
         capabilities: dict[str, Any] = {}

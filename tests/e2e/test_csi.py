@@ -25,6 +25,7 @@ import pytest
 
 from rafsfs.csi._pb import csi_pb2 as pb
 from tests.support.compare import compare_trees
+from tests.support.go_tools import go_program
 from tests.support.kubelet import Kubelet, mount_capability, running_kubelet
 from tests.support.processes import kill, mountpoints_below, output_within, wait_for
 from tests.support.registry import Registry, running_token_registry
@@ -82,13 +83,8 @@ def published(registry: Registry, kubelet: Kubelet, top: Path, name: str = "mode
 
 
 @pytest.fixture(scope="session")
-def csi_sanity(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("go") is None:
-        pytest.skip("no Go toolchain to build csi-sanity with")
-    program = tmp_path_factory.mktemp("csi-sanity") / "csi-sanity"
-    package = "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity"
-    subprocess.run(["go", "build", "-o", program, package], cwd=_SANITY, check=True, capture_output=True, timeout=900)
-    return program
+def csi_sanity() -> Path:
+    return go_program(_SANITY, "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity")
 
 
 def test_csi_sanity_passes(kubelet: Kubelet, registry: Registry, tmp_path: Path, csi_sanity: Path) -> None:

@@ -131,7 +131,7 @@ trees = directories(st.recursive(leaves(), directories, max_leaves=40))
 SPACES = [SpaceSpec(space_id(index), 1 << 30) for index in range(2)]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(trees, st.randoms(use_true_random=False))
 def test_any_tree_is_read_back_whatever_the_order_of_its_dicts(root: Node, random) -> None:
     data = write_bootstrap(root, SPACES)
