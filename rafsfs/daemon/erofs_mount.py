@@ -99,6 +99,12 @@ class ErofsMount(Mount):
         self.cache_bytes = sum(running.cache_bytes for running in self._running)
         return fresh
 
+    def heard(self, generation: int = 0) -> None:
+        """Note that the worker of a generation spoke, as it does every BEAT_S."""
+        for running in self._running:
+            if running.record.number == generation:
+                running.pulse.heard()
+
     def own_chunks(self, space: DataSpace, chunks: range) -> range:
         """Return the chunks of the file that `chunks` belong to; just those while that is not known."""
         number = self._numbers.get(space.space_id)

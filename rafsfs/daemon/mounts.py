@@ -25,6 +25,7 @@ from ..fetch.source import Source
 from ..fuse.mountpoint import is_mounted, set_read_ahead, unmount
 from ..fuse.spec import MountSpec, process_start
 from ..store.data_space import DataSpace
+from .pulse import BEAT_S, Pulse
 from .spawn import spawn_detached
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Mount:
         self._log_path = log_path
         self._served_before = 0
         self._ready_at = 0.0
+        self._pulse = Pulse()
 
     async def supervise(self) -> None:
         """Keep a worker running until `stop`, or until it dies too often."""
@@ -107,6 +109,10 @@ class Mount:
         fresh = max(0, cache_bytes - self.cache_bytes)
         self.cache_bytes = cache_bytes
         return fresh
+
+    def heard(self, generation: int = 0) -> None:
+        """Note that the worker spoke, as it does every BEAT_S."""
+        self._pulse.heard()
 
     def mark_ready(self) -> None:
         """Note that the worker serves the mount."""
@@ -193,11 +199,22 @@ class Mount:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._tune)
+                nursery.start_soon(self._look_after)
                 await trio.lowlevel.wait_readable(pidfd)
                 nursery.cancel_scope.cancel()
         finally:
             os.close(pidfd)
             reap(self.spec.worker_pid)
+
+    async def _look_after(self) -> None:
+        """Kill a worker that hangs: whoever reads gets ENOTCONN, and a new one mounts."""
+        self._pulse = Pulse()
+        while True:
+            await trio.sleep(BEAT_S)
+            if self._pulse.look() and not waits_for_disk(self.spec.worker_pid):
+                break
+        _log.error("worker hangs and is killed: mountpoint=%s pid=%d", self.spec.mountpoint, self.spec.worker_pid)
+        self.signal(signal.SIGKILL)
 
     async def _tune(self) -> None:
         with trio.move_on_after(_READY_S) as scope:
@@ -238,6 +255,15 @@ def reap(pid: int) -> None:
     """Collect a worker that has ended, if it was this process's child."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
+
+
+def waits_for_disk(pid: int) -> bool:
+    """Tell whether a process is in the kernel where no signal reaches it: it does not hang, its disk does."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"D"
+    except (OSError, IndexError):
+        return False
 
 
 def rss_bytes(pid: int) -> int:

@@ -223,7 +223,10 @@ class Daemon:
     async def _served(self, params: dict[str, Any]) -> dict[str, Any]:
         mount = self._mounts.get(params["mount"])
         if mount:
-            self._cached_bytes += mount.served(int(params["cache_bytes"]), int(params.get("generation", 0)))
+            generation = int(params.get("generation", 0))
+            self._cached_bytes += mount.served(int(params["cache_bytes"]), generation)
+            if params.get("beats"):
+                mount.heard(generation)
         for space_id, first, stop in params.get("read", ()):
             space = self._cache.opened_space(bytes(space_id))
             if space is not None:

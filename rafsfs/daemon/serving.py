@@ -25,7 +25,8 @@ from ..erofs.holdings import Holdings
 from ..errors import MountError, RafsError
 from ..fuse.spec import MountSpec, process_start
 from ..store.data_space import DataSpace
-from .mounts import reap
+from .mounts import reap, waits_for_disk
+from .pulse import BEAT_S, Pulse
 from .worker_start import start_worker
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Running:
         self.flat_mount = -1
         self.ending = False
         self.cache_bytes = 0
+        self.pulse = Pulse()
 
     @property
     def alive(self) -> bool:
@@ -172,7 +174,7 @@ class Serving:
                         return
                     await self._spawn_worker(running)
                 started = trio.current_time()
-                await _ended(running.record.worker_pid)
+                await self._ended_or_hung(running)
                 if running.is_ending() or not running.alive:
                     break
                 deaths = 0 if trio.current_time() - started >= _LIVED_S else deaths + 1
@@ -190,6 +192,25 @@ class Serving:
             _log.error("worker cannot be started: mountpoint=%s cause=%s", self._spec.mountpoint, error)
         finally:
             self._changed()
+
+    async def _ended_or_hung(self, running: Running) -> None:
+        """Return when the worker has ended; kill one that hangs. Its successor gets what it has not answered."""
+        pid, running.pulse = running.record.worker_pid, Pulse()
+
+        async def look_after() -> None:
+            while True:
+                await trio.sleep(BEAT_S)
+                if running.pulse.look() and not waits_for_disk(pid):
+                    break
+            _log.error("worker hangs and is killed: mountpoint=%s pid=%d", self._spec.mountpoint, pid)
+            if running.worker_alive():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look_after)
+            await _ended(pid)
+            nursery.cancel_scope.cancel()
 
     async def _give_up(self, running: Running) -> None:
         """Cut the connection of a flat server that dies of what it is asked: its readers get EIO and not silence."""

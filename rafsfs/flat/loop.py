@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from ..daemon.link import DaemonLink
+from ..daemon.pulse import BEAT_S
 from ..store.space_view import SpaceView
 
 _log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Loop:
         """Chunks read for the first time since the daemon was told."""
         self._told = 0
         self._report_at = 0.0
+        self._beat_at = 0.0
         self._ending = False
         self.cache_bytes = 0
         """Bytes served from chunks that were present when they were asked for."""
@@ -90,9 +92,13 @@ class Loop:
             now = time.monotonic()
             if now >= due:
                 due = self.link.tick(now)
-            if self.link.connected and self.cache_bytes != self._told and now >= self._report_at:
+            if self.link.connected and now >= (
+                self._beat_at if self.cache_bytes == self._told else min(self._beat_at, self._report_at)
+            ):
                 self._report(now)
-            wait = due if self.cache_bytes == self._told else min(due, self._report_at)
+            wait = min(due, self._beat_at) if self.link.connected else due
+            if self.cache_bytes != self._told:
+                wait = min(wait, self._report_at)
             for descriptor, _ in self._epoll.poll(max(0.0, wait - now)):
                 if descriptor == self._kernel_fd:
                     if not self._serve():
@@ -148,10 +154,16 @@ class Loop:
             )  # fmt: skip
 
     def _report(self, now: float) -> None:
-        self._report_at = now + _REPORT_S
+        self._report_at, self._beat_at = now + _REPORT_S, now + BEAT_S
         self._told = self.cache_bytes
         read, self._touched = self._touched, []
-        served = {"mount": self._mount, "cache_bytes": self.cache_bytes, "generation": self._generation, "read": read}
+        served = {
+            "mount": self._mount,
+            "cache_bytes": self.cache_bytes,
+            "generation": self._generation,
+            "read": read,
+            "beats": True,
+        }
         self.link.tell("served", served)
 
     def _poll_link(self) -> None:

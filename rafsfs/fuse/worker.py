@@ -25,6 +25,7 @@ import trio
 from .. import logs
 from ..daemon.connection import Connection, open_connection
 from ..daemon.launch import start_daemon
+from ..daemon.pulse import BEAT_S
 from ..errors import CacheError, DaemonError, DeadlineError, RafsError
 from ..format.bootstrap import Bootstrap
 from ..store.space_view import SpaceView
@@ -164,17 +165,21 @@ class Worker:
             pause = min(pause * 2, _RECONNECT_S[1])
 
     async def report(self) -> None:
-        """Tell the daemon how much was served from present data and what was read, at most every half second."""
-        told = 0
+        """Tell the daemon how much was served from present data and what was read, at most every half second; at least every BEAT_S."""
+        told, beat_at = 0, 0.0
         while True:
             await trio.sleep(_REPORT_S)
-            if (self.operations.cache_bytes == told and not self.operations.touched) or self._connection is None:
+            if self._connection is None:
                 continue
+            if self.operations.cache_bytes == told and not self.operations.touched and trio.current_time() < beat_at:
+                continue
+            beat_at = trio.current_time() + BEAT_S
             touched, self.operations.touched = self.operations.touched, []
             with suppress(RafsError):
                 served = self.operations.cache_bytes
                 read = [(self.views[space].space_id, first, stop) for space, first, stop in touched]
-                await self._connection.call("served", {"mount": self.spec.id, "cache_bytes": served, "read": read})
+                word = {"mount": self.spec.id, "cache_bytes": served, "read": read, "beats": True}
+                await self._connection.call("served", word)
                 told = served
 
     async def run(self) -> None:

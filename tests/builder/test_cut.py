@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 
@@ -70,6 +71,7 @@ def test_fixed_cuts_cover_once(start: int, length: int, chunk_size: int) -> None
     assert all(cut.offset % chunk_size == 0 for cut in cuts[1:])
 
 
+@functools.cache
 def content(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 
