@@ -20,7 +20,7 @@ from .protocol.groups import unpack_bits
 MAX_FRAME: Final = 4 << 20
 _LEAST_FRAME: Final = 64 << 10
 PROMPT_S: Final = 0.01
-LAZY_S: Final = 0.2
+LAZY_S: Final = 0.5
 """Longest delay of news that matter less: a chunk that came from a peer, which others can have there, too."""
 _ALL: Final = 0
 _MORE: Final = 1
@@ -150,15 +150,15 @@ class Subscriber:
         self._chunks.append(chunk)
         self._tell_within(PROMPT_S if prompt else LAZY_S)
 
-    def set_pending(self, groups: list[int]) -> None:
+    def set_pending(self, groups: list[int], *, prompt: bool = True) -> None:
         """These groups are being fetched. No checkpoint."""
         self._pending = groups
-        self._tell_within(PROMPT_S)
+        self._tell_within(PROMPT_S if prompt else LAZY_S)
 
-    def set_relayed(self, depths: dict[int, int]) -> None:
+    def set_relayed(self, depths: dict[int, int], *, prompt: bool = True) -> None:
         """These groups are being followed. No checkpoint."""
         self._relayed = depths
-        self._tell_within(PROMPT_S)
+        self._tell_within(PROMPT_S if prompt else LAZY_S)
 
     def _tell_within(self, seconds: float) -> None:
         self._due = min(self._due, trio.current_time() + seconds)

@@ -57,6 +57,8 @@ class Uploads:
         self._subscribers: dict[bytes, set[Subscriber]] = {}
         self._relayed: dict[bytes, dict[int, int]] = {}
         """Of task, groups that are followed here, and at what depth."""
+        self._shown_pending: dict[bytes, set[int]] = {}
+        """Of task, groups that are fetched here, as neighbours have been or will be told."""
         self._followers: defaultdict[tuple[bytes, int], list[trio.Event]] = defaultdict(list)
         """Of task and group: each is set when there may be more to send."""
         self.counters: Counter[str] = Counter()
@@ -83,36 +85,42 @@ class Uploads:
 
     def landed(self, space_id: bytes, chunk: int, group: int, *, prompt: bool) -> None:
         """Send a chunk that has come to who follows its group, and tell all who listen: `prompt` if they cannot have it elsewhere, unless
-        all get it anyway. No checkpoint.
+        somebody gets it anyway, who passes it on. No checkpoint.
         """
         followers = self._followers.get((space_id, group), ())
         for event in followers:
             event.set()
         listeners = self._subscribers.get(space_id, ())
-        prompt = prompt and len(followers) < len(listeners)
+        prompt = prompt and not followers
         for subscriber in listeners:
             subscriber.add(chunk, prompt=prompt)
 
     def drop(self, space_id: bytes) -> None:
         """End the have-maps of a data space that is no longer offered. No checkpoint."""
         self._relayed.pop(space_id, None)
+        self._shown_pending.pop(space_id, None)
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.end()
 
     def set_pending(self, space_id: bytes, groups: list[int]) -> None:
-        """Tell all who listen what is being fetched. No checkpoint."""
+        """Tell all who listen what is being fetched: at once what is new, with other news what is not fetched any more, since whoever asks
+        for that gets what is there. No checkpoint.
+        """
+        prompt = not self._shown_pending.get(space_id, set()).issuperset(groups)
+        self._shown_pending[space_id] = set(groups)
         for subscriber in self._subscribers.get(space_id, ()):
-            subscriber.set_pending(groups)
+            subscriber.set_pending(groups, prompt=prompt)
         self._wake_followers(space_id)
 
     def set_relayed(self, space_id: bytes, depths: dict[int, int]) -> None:
-        """Tell all who listen what is being followed, and may be followed here. No checkpoint."""
+        """Tell all who listen what is being followed, and may be followed here, likewise. No checkpoint."""
+        prompt = not self._relayed.get(space_id, {}).keys() >= depths.keys()
         if depths:
             self._relayed[space_id] = depths
         else:
             self._relayed.pop(space_id, None)
         for subscriber in self._subscribers.get(space_id, ()):
-            subscriber.set_relayed(depths)
+            subscriber.set_relayed(depths, prompt=prompt)
         self._wake_followers(space_id)
 
     def _wake_followers(self, space_id: bytes) -> None:
@@ -225,6 +233,7 @@ class Uploads:
             yield relayed_frame(self._relayed.get(space.space_id, {}))
             while not subscriber.ended:
                 yield await subscriber.next(KEEP_ALIVE_S)
+                self.counters["news"] += 1
 
     @contextmanager
     def _subscribed(self, space_id: bytes):  # type: ignore[no-untyped-def]
