@@ -28,8 +28,6 @@ from .setting import Setting
 
 CHUNK = 1 << 20
 THREADS = 2
-_GIVEN_S = 1.0
-"""In which the memory for a build is given: less than a build takes."""
 _WIDTHS = {".bf16.safetensors": 2, ".f16.safetensors": 2, ".safetensors": 4}
 
 
@@ -95,7 +93,7 @@ def run(setting: Setting) -> list[Row]:
         with setting.node() as node, contextlib.closing(Ballast(size)) as ballast:
             built: dict[str, object] = {}
             ballast.hold()
-            with ballast.giving(_GIVEN_S):
+            with ballast.giving():
                 seconds = timed(lambda: built.update(node.build(weights, f"oci:{layout}:v1", timeout_s=300)))
             times.append(float(str(built["seconds"])))
             again.append(timed(lambda: node.build(weights, f"oci:{layout}:v1", timeout_s=300)))

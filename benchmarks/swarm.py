@@ -38,8 +38,6 @@ _ORIGIN_MBIT = 200
 _PEER_MBIT = 400
 _MEMORY = 600 << 20
 """Of a node: the image in its cache and in the page cache of its mount, and some to spare."""
-_FLOOR_S = 10.0
-"""About as long as a run takes at least."""
 _LOOK_S = 0.25
 
 
@@ -150,7 +148,7 @@ class Field:
             workers = Meter([pid for node in nodes for pid in node.worker_pids()])
             with contextlib.closing(Ballast(_MEMORY * (peers + seeds))) as ballast:
                 ballast.hold()
-                with daemons, workers, ballast.giving(_FLOOR_S):
+                with daemons, workers, ballast.giving():
                     started, cpu = time.perf_counter(), _busy()
                     threads = [threading.Thread(target=read, args=(mounted,)) for mounted in mounts]
                     for thread in threads:
