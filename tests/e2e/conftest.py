@@ -16,6 +16,16 @@ from tests.support.swarm import Swarm
 from tests.support.trees import make_tree
 from tests.support.weights import Array, save_safetensors
 
+CALM = {
+    "test_acceptance.py",
+    "test_mount_errors.py",
+    "test_prefetch.py",
+    "test_push.py",
+    "test_views.py",
+    "test_weights.py",
+}
+"""One node each, and nobody is killed or raced with: they may run beside others (scripts/test.sh)."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests here run several processes and mount; without /dev/fuse they say so and do not run."""
@@ -25,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here in item.path.parents:
             item.add_marker(pytest.mark.e2e)
             item.add_marker(pytest.mark.mount)
+            if item.path.name in CALM:
+                item.add_marker(pytest.mark.calm)
             if reason is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
