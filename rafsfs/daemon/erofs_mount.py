@@ -278,7 +278,13 @@ class ErofsMount(Mount):
             elif rung == "kernel":
                 await self._serving.start_guard(running)
             mount = await self._in_thread(
-                partial(superblock.create, self._image.bootstrap_path, self._devices(running))
+                partial(
+                    superblock.create,
+                    self._image.bootstrap_path,
+                    self._devices(running),
+                    # A plain data file's pages are mostly in the page cache, just fetched: the disk would be a detour.
+                    direct=rung == "lazy" and not any(settled),
+                )
             )
             try:
                 running.record.superblocks = list(mount.superblocks)

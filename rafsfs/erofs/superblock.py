@@ -43,13 +43,16 @@ class DetachedMount:
             self.descriptor = -1
 
 
-def create(bootstrap: str, devices: Sequence[str]) -> DetachedMount:
+def create(bootstrap: str, devices: Sequence[str], *, direct: bool = False) -> DetachedMount:
     """Make the superblock of `bootstrap` with `devices` (paths of regular files, in slot order). Blocking. Raises MountError.
 
-    The kernel opens each path now and never again.
+    The kernel opens each path now and never again. `direct`: it reads the devices past their page cache, and does not wait for what
+    it reads ahead; without, its reader waits for that too.
     """
     options: list[tuple[str, str | None]] = [("source", bootstrap)]
     options += [("device", device) for device in devices]
+    if direct:
+        options.append(("directio", None))
     options.append(("ro", None))
     _read_ahead_file(bootstrap)
     with _naming:

@@ -57,7 +57,7 @@ SWARM_BATCHES = 16
 """Batches of a space prefetched at once with a swarm: more than there are workers, since some of them wait for other nodes."""
 PLAN_BATCHES = 8
 """Batches of a plan on their way at once, of a part of the window each: the order is kept within them."""
-AHEAD_STEPS = 2
+AHEAD_STEPS = 4
 """Parts of the window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""

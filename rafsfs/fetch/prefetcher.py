@@ -120,6 +120,7 @@ class Prefetcher:
         ):
             for index in space.missing(space.table.covering(first, stop - first)):
                 if not account.grant(index, space.table.extent(index)[1]):
+                    ahead.retreat(max(first, space.table.extent(index)[0]))
                     return
                 self._start(space, index, on_behalf)
 

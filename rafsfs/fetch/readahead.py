@@ -1,17 +1,18 @@
 """How far ahead of readers to fetch. Pure: demanded bytes of one data space in, bytes to fetch ahead out.
 
 Streams are recognised by position in the data space, not by who asks: several readers of one file interleave, and a FUSE
-request says nothing of file handles. Told apart: sequential (continues a stream, or lies inside its window), strided (the third start at
-equal distances), and random (neither).
+request says nothing of file handles. Told apart: sequential (continues a stream, or lies inside it or its window), strided (the third
+start at equal distances), and random (neither). A stream is the bytes that were demanded or fetched ahead in one piece; two that meet
+become one, since a loader that copies tensor by tensor touches the last page of each before the ones between (memcpy does).
 Rules: the first access of a stream whose file is not understood fetches nothing extra. In a file of weights a reader gets the rest of the
-tensor it has touched, and nothing of the next one until it has gone so far into it that it cannot have been the kernel's own read-ahead.
-The window ahead of a stream is never more than twice as long as the stream, nor than the limit; it stays in its file, until a
-stream has gone from the end of one file to the start of the next.
+tensor it has touched, and of the next one no more than a sixteenth of what it has come, until it has gone so far into it that it cannot
+have been the kernel's own read-ahead. The window ahead of a stream is never more than twice as long as the stream, nor than the limit;
+it stays in its file, until a stream has gone from the end of one file to the start of the next.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,10 +36,11 @@ _STRIDES: Final = 8
 
 @dataclass(slots=True)
 class _Stream:
+    start: int
+    stop: int
+    """Bytes [start, stop) were demanded, or fetched ahead and passed over."""
     ahead_to: int
     """Byte up to which was asked for."""
-    length: int
-    """Bytes demanded in a row."""
     quiet: int
     """How long it must be before anything is fetched ahead of it in a file that is not understood."""
     home: int
@@ -48,8 +50,15 @@ class _Stream:
     files: int
     """Files that it has run through one after the other."""
     own: Span
-    stop: int = 0
-    """End of the last demand."""
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def reach(self) -> int:
+        """End of what was demanded or asked for."""
+        return max(self.stop, self.ahead_to)
 
 
 class Readahead:
@@ -57,7 +66,8 @@ class Readahead:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()
+        self._streams: deque[_Stream] = deque(maxlen=_STREAMS)
+        """The one used last is the last."""
         self._starts: deque[Span] = deque(maxlen=_STARTS)
 
     def advance(
@@ -78,57 +88,81 @@ class Readahead:
         lies, or the header, or None if the file is not understood; `following`: end of the next file in this data space; `grain`: what
         is asked for ends at a multiple of it where it can, since that much is got from one place. Bytes.
         """
-        found = self._find(first, stop, own)
-        if found is None:
-            stream = _Stream(stop, stop - first, 0 if first <= own[0] else QUIET_BYTES, stop, False, 1, own)
+        stream = self._find(first, stop, own)
+        spans: list[Span] = []
+        if stream is None:
+            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, 1, own)
             if tensor is not None:
                 stream.home, stream.settled = max(stop, tensor[1]), tensor[0] > own[0]
             spans = self._strided(first, stop, own, limit)
             target = min(tensor[1], stop + limit) if tensor is not None else stop
+            at_once = True
         else:
-            stream, spans = found, []
             if own != stream.own:
-                stream.files += own[0] > stream.own[0]
+                # Whoever read one tensor at the end of a file, and begins another file, has not run through the first.
+                if stream.length >= (stream.own[1] - stream.own[0]) // 2:
+                    stream.files += own[0] > stream.own[0]
                 stream.own = own
-            stream.length += max(stop - first, stop - stream.stop)  # what it skipped inside its window was read unseen
+            stream.start, stream.stop = min(stream.start, first), max(stream.stop, stop)
             if tensor is not None and not stream.settled and tensor[0] > own[0]:
-                stream.home, stream.settled = tensor[1], True
-            target = self._target(stream, stop, own, limit, tensor, following)
-        ahead = (max(stop, stream.ahead_to), min(target, self._size))
-        if target not in {stream.home, own[1]} and ahead[1] // grain * grain > ahead[0]:
-            ahead = (ahead[0], ahead[1] // grain * grain)
-        whole = target == stream.home
-        if ahead[0] < ahead[1] and (
-            whole or found is None or ahead[1] - ahead[0] >= min(step, limit // 2, stream.length) or target == own[1]
-        ):
+                stream.home, stream.settled = max(stream.home, tensor[1]), True
+            target, at_once = self._target(stream, own, limit, tensor, following)
+        self._streams.append(stream)
+        if self._join_neighbours(stream):
+            target, at_once = self._target(stream, own, limit, tensor, following)
+        ahead = (stream.reach, min(target, self._size))
+        if target not in {stream.home, own[1]}:
+            cut = max(ahead[1] // grain * grain, min(stream.home, ahead[1]) if stream.home < ahead[1] else 0)
+            ahead = (ahead[0], cut if cut > ahead[0] else ahead[1])
+        enough = min(step, limit // 2, stream.length)
+        if ahead[0] < ahead[1] and (at_once or ahead[1] - ahead[0] >= enough or target == own[1]):
             spans.insert(0, ahead)
             stream.ahead_to = ahead[1]
-        stream.ahead_to = max(stream.ahead_to, stop)
-        stream.stop = stop
-        self._streams[stop] = stream
-        if len(self._streams) > _STREAMS:
-            self._streams.popitem(last=False)
         return spans
 
-    def _target(self, stream: _Stream, stop: int, own: Span, limit: int, tensor: Span | None, following: int) -> int:
+    def retreat(self, offset: int) -> None:
+        """Note that of what was returned last, nothing from `offset` on was fetched: it may be asked for again."""
+        if self._streams:
+            stream = self._streams[-1]
+            stream.ahead_to = max(stream.stop, min(stream.ahead_to, offset))
+
+    def _target(self, stream: _Stream, own: Span, limit: int, tensor: Span | None, following: int) -> tuple[int, bool]:
+        """Return up to where to fetch, and whether to do it however little that is."""
         window = min(limit, 2 * stream.length)
-        proven = stop > stream.home + MARGIN_BYTES if tensor is not None else stream.length > stream.quiet
+        proven = stream.stop > stream.home + MARGIN_BYTES if tensor is not None else stream.length > stream.quiet
         if proven or stream.files > 1:
-            return min(stop + window, max(own[1], following) if stream.files > 1 else own[1])
-        return min(stream.home, stop + window)
+            return min(stream.stop + window, max(own[1], following) if stream.files > 1 else own[1]), False
+        beyond = stream.length // 16 if tensor is not None else 0
+        return min(stream.home + beyond, stream.stop + window, own[1]), True
 
     def _find(self, first: int, stop: int, own: Span) -> _Stream | None:
-        """Take out the stream that a demand continues: at its end, overlapping it, inside its window, or in the next file."""
-        stream = self._streams.pop(first, None)
-        if stream is not None:
-            return stream
-        for end, known in reversed(self._streams.items()):
-            inside = end <= first <= known.ahead_to and stop <= known.ahead_to + (stop - first)
-            overlaps = first < end < stop
-            next_file = first <= own[0] and 0 <= first - end <= GAP_BYTES and end >= known.own[1]
-            if inside or overlaps or next_file:
-                return self._streams.pop(end)
+        """Take out the stream that a demand belongs to: at its end, overlapping it, inside its window, or in the next file."""
+        for known in reversed(self._streams):
+            touches = known.start <= first <= known.reach or first < known.start < stop
+            next_file = first <= own[0] and 0 <= first - known.reach <= GAP_BYTES and known.reach >= known.own[1]
+            if touches or next_file:
+                self._streams.remove(known)
+                return known
         return None
+
+    def _join_neighbours(self, stream: _Stream) -> bool:
+        """Make one of `stream`, the last, and those of its file that it has met; tell whether there were any."""
+        met = [
+            other
+            for other in self._streams
+            if other is not stream
+            and other.own == stream.own
+            and other.start <= stream.reach
+            and stream.start <= other.reach
+        ]
+        for other in met:
+            self._streams.remove(other)
+            if other.start < stream.start:
+                stream.home, stream.settled, stream.quiet = other.home, other.settled, other.quiet
+            stream.start, stream.stop = min(stream.start, other.start), max(stream.stop, other.stop)
+            stream.ahead_to = max(stream.ahead_to, other.ahead_to)
+            stream.files = max(stream.files, other.files)
+        return bool(met)
 
     def _strided(self, first: int, stop: int, own: Span, limit: int) -> list[Span]:
         """Return the next steps of a reader whose third start this is at one distance."""

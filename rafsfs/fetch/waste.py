@@ -29,8 +29,10 @@ class AheadAccount:
         """Of `asked_bytes`, those that a reader got later."""
 
     def grant(self, chunk: int, size: int) -> bool:
-        """Tell whether a chunk of `size` bytes may be fetched ahead, and count it if so."""
-        if chunk in self._unread or self.unread_bytes + size > self._floor + self.read_bytes:
+        """Tell whether a chunk of `size` bytes may be fetched ahead, and count it if so. One that was granted before still may."""
+        if chunk in self._unread:
+            return True
+        if self.unread_bytes + size > self._floor + self.read_bytes:
             return False
         self._unread[chunk] = size
         self.unread_bytes += size

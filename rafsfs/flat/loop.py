@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ..daemon.link import DaemonLink
 from ..daemon.pulse import BEAT_S
-from ..store.space_view import SpaceView
+from ..store.space_view import HINT_EVERY, SpaceView
 
 _log = logging.getLogger(__name__)
 
@@ -29,10 +29,6 @@ _SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
 """How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
 who tries again of his own gets the full deadline, since the registry may be back."""
-_LOOK_AHEAD: Final = 48
-"""Chunks behind a read of which one must be missing for the daemon to be told of a hit: more than its window, to keep that full."""
-_HINT_EVERY: Final = 4
-"""Chunks that a reader may come further before the daemon is told again."""
 _SAME_FAILURE_S: Final = 5.0
 """Failures in one data space within this time are one line in the log."""
 
@@ -66,7 +62,7 @@ class Loop:
         self._polled = (-1, False)
         self._failed: dict[tuple[int, int], tuple[float, int]] = {}
         self._logged: dict[int, float] = {}
-        self._hinted = [-_LOOK_AHEAD] * len(views)
+        self._hinted = [-HINT_EVERY] * len(views)
         self._touched: list[tuple[bytes, int, int]] = []
         """Chunks read for the first time since the daemon was told."""
         self._told = 0
@@ -131,10 +127,13 @@ class Loop:
         view = self._views[space]
         if view.touch(chunks.start, chunks.stop):
             self._touched.append((view.space_id, chunks.start, chunks.stop))
-        if 0 <= chunks.stop - self._hinted[space] < _HINT_EVERY:
+        if not chunks:
             return
-        if not view.is_present(chunks.stop, min(view.table.count, chunks.stop + _LOOK_AHEAD)):
-            self._hinted[space] = chunks.stop
+        reached = sum(view.table.extent(chunks.stop - 1))
+        if 0 <= reached - self._hinted[space] < HINT_EVERY:
+            return
+        if view.lacks_ahead(reached, view.table.count):
+            self._hinted[space] = reached
             self.link.tell("ensure", self._params(space, chunks) | {"deadline_s": 1.0})
 
     def _params(self, space: int, chunks: range) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..errors import FormatError, RafsError
 from ..format.bootstrap import Bootstrap
 from ..format.chunk_index import Extent
 from ..format.inode import Inode
-from ..store.space_view import SpaceView
+from ..store.space_view import HINT_EVERY, SpaceView
 from .errno import errno_of
 
 _log = logging.getLogger(__name__)
@@ -48,11 +48,6 @@ when they are present."""
 Hint = Callable[[int, range, range], None]
 """Tells the daemon that chunks were read which were present, so that it goes on ahead of the reader. Does not wait."""
 
-_LOOK_AHEAD: Final = 48
-"""Chunks behind a read of which one must be missing for the daemon to be told: more than its window, so that it keeps that full."""
-_HINT_EVERY: Final = 4
-"""Chunks that a reader may come further before the daemon is told again: a call costs a tenth of what serving a chunk does."""
-
 
 class _File:
     """What reading one regular file takes."""
@@ -64,7 +59,7 @@ class _File:
         self.inline = inline
         self.extents = extents
         self.hinted = (-1, -1)
-        """Data space and chunk up to which the daemon was told last."""
+        """Data space and byte of it up to which the daemon was told last."""
 
 
 class ImageOperations(pyfuse3.Operations):
@@ -229,10 +224,10 @@ class ImageOperations(pyfuse3.Operations):
                 self.touched.append((extent.space, chunks.start, chunks.stop))
             if not view.is_present(chunks.start, chunks.stop):
                 missing.append((extent.space, chunks, view.covering(extent.offset, extent.length)))
-            elif file.hinted[0] != extent.space or not 0 <= chunks.stop - file.hinted[1] < _HINT_EVERY:
+            elif file.hinted[0] != extent.space or not 0 <= extent.offset + start - file.hinted[1] < HINT_EVERY:
                 own = view.covering(extent.offset, extent.length)
-                if not view.is_present(chunks.stop, min(own.stop, chunks.stop + _LOOK_AHEAD)):
-                    file.hinted = (extent.space, chunks.stop)
+                if view.lacks_ahead(extent.offset + start + length, own.stop):
+                    file.hinted = (extent.space, extent.offset + start)
                     self._hint(extent.space, chunks, own)
         return missing
 

@@ -70,6 +70,34 @@ def test_a_stream_that_has_come_far_behind_its_tensor_is_fetched_ahead_of_across
     assert read(ahead, far, far + MIB, tensor=(far, far + 2 * MIB)) == [(far + MIB, far + MIB + 30 * MIB)]
 
 
+def test_who_touches_the_end_of_each_tensor_before_its_middle_is_one_stream() -> None:
+    """So memcpy copies, and so do loaders that map a file."""
+    ahead = Readahead(GIB)
+    tensors = [(n * 4 * MIB, (n + 1) * 4 * MIB) for n in range(8)]
+    spans = []
+    for low, high in tensors:
+        for first in (low, high - MIB, low + MIB, low + 2 * MIB):
+            spans += read(ahead, first, first + MIB, tensor=(low, high))
+    assert len(ahead._streams) == 1
+    assert spans[-1][1] > 32 * MIB + LIMIT // 2
+    assert sum(high - low for low, high in spans) <= spans[-1][1]
+
+
+def test_what_was_refused_is_asked_for_again() -> None:
+    ahead = Readahead(GIB)
+    stream(ahead, 0, 2)
+    ahead.retreat(3 * MIB)
+    assert read(ahead, 2 * MIB, 3 * MIB)[0][0] == 3 * MIB
+
+
+def test_one_tensor_at_the_end_of_a_file_does_not_lead_into_the_next_one() -> None:
+    ahead = Readahead(GIB)
+    files = (0, 100 * MIB), (100 * MIB, 200 * MIB)
+    read(ahead, 98 * MIB, 100 * MIB, files[0], tensor=(98 * MIB, 100 * MIB), following=200 * MIB)
+    header = (100 * MIB, 100 * MIB + 4096)
+    assert read(ahead, 100 * MIB, 101 * MIB, files[1], tensor=header, following=300 * MIB) == []
+
+
 def test_nothing_past_the_file_until_a_stream_has_gone_on_into_the_next() -> None:
     ahead = Readahead(GIB)
     files = [(0, 10 * MIB), (10 * MIB, 20 * MIB), (20 * MIB, 30 * MIB)]

@@ -16,16 +16,23 @@ def test_what_is_not_read_never_exceeds_the_floor_and_what_is_read(
     events: list[tuple[bool, int, int]], floor: int
 ) -> None:
     account = AheadAccount(floor)
-    granted: set[int] = set()
+    granted: dict[int, int] = {}
     for is_read, chunk, size in events:
         if is_read:
             account.read(chunk, size)
-            granted.discard(chunk)
+            granted.pop(chunk, None)
         elif account.grant(chunk, size):
-            assert chunk not in granted, "a chunk is asked for once"
-            granted.add(chunk)
+            granted.setdefault(chunk, size)
+        assert account.unread_bytes == sum(granted.values()), "a chunk is counted once"
         assert account.unread_bytes <= floor + account.read_bytes
         assert account.asked_bytes == account.used_bytes + account.unread_bytes
+
+
+def test_what_was_granted_stays_granted_so_that_spans_may_meet_inside_a_chunk() -> None:
+    account = AheadAccount(10)
+    assert account.grant(1, 10)
+    assert account.grant(1, 10)
+    assert account.asked_bytes == 10
 
 
 def test_reading_what_was_fetched_ahead_makes_room_for_more() -> None:
