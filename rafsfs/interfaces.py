@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .errors import CacheError
 from .metrics import Values
@@ -27,6 +27,21 @@ class BlobStream(Protocol):
 
         Raises UnavailableError if the source ends, stalls or fails before that (the bytes so far are in `buffer`, the
         stream is spent), ValueError if more is asked than the range has left. After a cancellation the stream is spent.
+        """
+
+
+BlockingRead = Callable[[memoryview], None]
+"""Fills a buffer as `BlobStream.readinto` does, in the thread that calls it."""
+
+
+@runtime_checkable
+class ThreadedStream(Protocol):
+    """A BlobStream that a thread can read: of many chunks, each costs no turn of the event loop."""
+
+    def blocking(self) -> BlockingRead | None:
+        """Return what reads the stream in a thread of `trio.to_thread`, while no task does; None where only the event loop can.
+
+        It raises what `readinto` raises, and trio.Cancelled when the task that waits for the thread was cancelled.
         """
 
 

@@ -36,7 +36,7 @@ from ..errors import (
 )
 from ..format.chunk_map import ChunkMap, StoredChunk
 from ..format.codec import CODEC_RAW, chunk_digest, decode
-from ..interfaces import BlobStream, RangedBlobs, Room, Swarm
+from ..interfaces import BlobStream, BlockingRead, RangedBlobs, Room, Swarm, ThreadedStream
 from ..metrics import Histogram
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
@@ -59,6 +59,8 @@ PLAN_BATCHES = 8
 """Batches of a plan on their way at once, of a part of the window each: the order is kept within them."""
 AHEAD_STEPS = 4
 """Parts of the window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
+TOLD_BYTES = 2 << 20
+"""Bytes of chunks that a thread keeps before it wakes the event loop for them, if nobody waits for one of them."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts for a chunk; the last one repeats until the deadline. The store has retried on its own before."""
 
@@ -80,6 +82,8 @@ class Fetcher:
         self._sources: list[Source] = []
         self._queue = FlightQueue()
         self._threads = trio.CapacityLimiter(settings.threads)
+        self._ranges = trio.CapacityLimiter(settings.connections)
+        self._token: trio.lowlevel.TrioToken | None = None
         self._buffers = ByteBudget(settings.buffer_bytes)
         self._pool = BufferPool(settings.buffer_bytes // 2)
         self.prefetcher = Prefetcher(self._queue.start, self._ahead_window)
@@ -89,6 +93,10 @@ class Fetcher:
         """By class of error."""
         self.miss_seconds = Histogram()
         self._noted: dict[str, float] = {}
+
+    def run_on(self, token: trio.lowlevel.TrioToken) -> None:
+        """Say which event loop the pipeline belongs to."""
+        self._token = token
 
     def add_source(self, chunk_map: ChunkMap, store: RangedBlobs, name: str) -> Source:
         """Say that the data spaces of `chunk_map` can be had from `store`; open them in the cache. May block on the disk."""
@@ -426,17 +434,15 @@ class Fetcher:
         async with self._buffers.reserve(read.length), trio.open_nursery() as nursery:
             try:
                 async with source.store.open_range(blob, read.offset, read.length) as stream:
-                    position = read.offset
-                    for wanted in read.chunks:
-                        stored = wanted.stored
-                        if stored.offset < position:  # a second chunk with the same stored bytes
-                            nursery.start_soon(self._copy_after, by_index[wanted.index], read, by_index)
-                            continue
-                        await _skip(stream, stored.offset - position)
-                        buffer, view = self._pool.take(stored.stored_size)
-                        await stream.readinto(view)
-                        position = stored.offset + stored.stored_size
-                        nursery.start_soon(self._finish, source, by_index[wanted.index], wanted, buffer)
+                    blocking = stream.blocking() if isinstance(stream, ThreadedStream) else None
+                    if blocking is not None:
+                        twins = await trio.to_thread.run_sync(
+                            self._read_in_thread, blocking, source, read, by_index, limiter=self._ranges
+                        )
+                    else:
+                        twins = await self._read_here(stream, source, read, by_index, nursery)
+                for twin in twins:
+                    nursery.start_soon(self._copy_after, twin, read, by_index)
             except RafsError as error:
                 failure = _named(error, f"{source.name}: blob {blob}, chunks {_numbers(read)}")
         corrupt = [flight for flight in by_index.values() if flight.error is not None and not flight.done.is_set()]
@@ -446,43 +452,104 @@ class Fetcher:
                 flight.error = None
         return failure
 
-    async def _finish(self, source: Source, flight: Flight, wanted: Wanted, buffer: bytearray) -> None:
-        """Decode, verify, write and mark one chunk in a thread. A failure is left in flight.error for `_read`."""
-        stored = wanted.stored
+    async def _read_here(
+        self, stream: BlobStream, source: Source, read: RangeRead, by_index: dict[int, Flight], nursery: trio.Nursery
+    ) -> list[Flight]:
+        """Read a range by the event loop, a hop to a thread per chunk; return the flights whose stored bytes another chunk has too."""
+        position, twins = read.offset, []
+        for wanted in read.chunks:
+            stored = wanted.stored
+            if stored.offset < position:
+                twins.append(by_index[wanted.index])
+                continue
+            if stored.offset > position:
+                await stream.readinto(memoryview(bytearray(stored.offset - position)))
+            buffer, view = self._pool.take(stored.stored_size)
+            await stream.readinto(view)
+            position = stored.offset + stored.stored_size
+            nursery.start_soon(self._finish, source, by_index[wanted.index], wanted, buffer)
+        return twins
 
-        def work() -> None:
-            held = memoryview(buffer)[: stored.stored_size]
+    async def _finish(self, source: Source, flight: Flight, wanted: Wanted, buffer: bytearray) -> None:
+        error = await trio.to_thread.run_sync(self._keep, source, flight, wanted, buffer, limiter=self._threads)
+        self._kept(source, [(flight, wanted, error)])
+
+    def _read_in_thread(
+        self, read_into: BlockingRead, source: Source, read: RangeRead, by_index: dict[int, Flight]
+    ) -> list[Flight]:
+        """Read a range and keep its chunks, all in this thread; return the flights whose stored bytes another chunk has too.
+
+        What is kept is told to the event loop at once when somebody waits for it, else by the batch.
+        """
+        position, twins = read.offset, []
+        kept: list[tuple[Flight, Wanted, RafsError | None]] = []
+        held = 0
+        try:
+            for wanted in read.chunks:
+                flight, stored = by_index[wanted.index], wanted.stored
+                if stored.offset < position:
+                    twins.append(flight)
+                    continue
+                if stored.offset > position:
+                    read_into(memoryview(bytearray(stored.offset - position)))
+                buffer, view = self._pool.take(stored.stored_size)
+                read_into(view)
+                position = stored.offset + stored.stored_size
+                kept.append((flight, wanted, self._keep(source, flight, wanted, buffer)))
+                held += stored.length
+                if flight.priority is Priority.DEMAND or held >= TOLD_BYTES:
+                    self._tell(source, kept)
+                    kept, held = [], 0
+        finally:
+            self._tell(source, kept)
+        return twins
+
+    def _tell(self, source: Source, kept: list[tuple[Flight, Wanted, RafsError | None]]) -> None:
+        """Have the event loop note what a thread has kept, before it notes that the thread has ended. In a thread, does not wait."""
+        if kept and self._token is not None:
+            self._token.run_sync_soon(self._kept, source, kept)
+
+    def _keep(self, source: Source, flight: Flight, wanted: Wanted, buffer: bytearray) -> RafsError | None:
+        """Decode, verify, write and mark one chunk, and give its buffer back; return why not. In a thread."""
+        stored = wanted.stored
+        held = memoryview(buffer)[: stored.stored_size]
+        try:
             if stored.codec == CODEC_RAW:
                 flight.space.store(flight.index, held)
-                return
-            out, data = self._pool.take(stored.length)
-            try:
-                if stored.base is None:
-                    decode(stored.codec, stored.param, held, data)
-                    flight.space.store(flight.index, data)
-                else:
-                    self._store_difference(source, flight, stored, held, data)
-            finally:
-                self._pool.give(out)
-
-        try:
-            await trio.to_thread.run_sync(work, limiter=self._threads)
+            else:
+                out, data = self._pool.take(stored.length)
+                try:
+                    if stored.base is None:
+                        decode(stored.codec, stored.param, held, data)
+                        flight.space.store(flight.index, data)
+                    else:
+                        self._store_difference(source, flight, stored, held, data)
+                finally:
+                    self._pool.give(out)
+        except (UnavailableError, FormatError, IntegrityError, CacheError) as error:
+            return error
+        finally:
             self._pool.give(buffer)
-        except UnavailableError as error:
-            flight.error = error
-        except (FormatError, IntegrityError) as error:
-            flight.corrupt += 1
-            self.counters["corrupt"] += 1
-            blob = source.chunk_map.blobs[stored.blob].digest
-            flight.error = IntegrityError(
-                f"{source.name}: blob {blob}, chunk {flight.index} of data space {flight.space.space_id.hex()[:16]}: {error}"
-            )
-        except CacheError as error:
-            self._land(flight, error)
-        else:
-            flight.origin = "origin"
-            source.bytes_by_origin["origin"] += stored.length
-            self._land(flight, None)
+        return None
+
+    def _kept(self, source: Source, outcomes: list[tuple[Flight, Wanted, RafsError | None]]) -> None:
+        """End the flights of chunks that were kept; why one was not is left in flight.error for `_read`. No checkpoint."""
+        for flight, wanted, error in outcomes:
+            if error is None:
+                flight.origin = "origin"
+                source.bytes_by_origin["origin"] += wanted.stored.length
+                self._land(flight, None)
+            elif isinstance(error, CacheError):
+                self._land(flight, error)
+            elif isinstance(error, UnavailableError):
+                flight.error = error
+            else:
+                flight.corrupt += 1
+                self.counters["corrupt"] += 1
+                blob = source.chunk_map.blobs[wanted.stored.blob].digest
+                flight.error = IntegrityError(
+                    f"{source.name}: blob {blob}, chunk {flight.index} of data space {flight.space.space_id.hex()[:16]}: {error}"
+                )
 
     def _store_difference(
         self, source: Source, flight: Flight, stored: StoredChunk, held: memoryview, data: memoryview
@@ -627,6 +694,7 @@ async def open_fetcher(
 ) -> AsyncIterator[Fetcher]:
     """Run a fetch pipeline over `cache` until the block ends; then all that waits fails with DaemonError."""
     fetcher = Fetcher(cache, settings, swarm, room)
+    fetcher.run_on(trio.lowlevel.current_trio_token())
     async with trio.open_nursery() as nursery:
         fetcher.prefetcher.nursery = nursery
         for number in range(settings.connections):
@@ -640,11 +708,6 @@ async def open_fetcher(
 
 async def _worker(fetcher: Fetcher, demand_only: bool) -> None:
     await fetcher.run_worker(demand_only=demand_only)
-
-
-async def _skip(stream: BlobStream, length: int) -> None:
-    if length:
-        await stream.readinto(memoryview(bytearray(length)))
 
 
 def _batches(space: DataSpace, size: int, chunks: range | None = None) -> Iterable[list[int]]:

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 import trio
 
 from ..errors import AccessDeniedError, NotFoundError, RemoteError, UnavailableError
-from ..interfaces import BlobStream
+from ..interfaces import BlobStream, BlockingRead
 from ..net.http1 import HttpPool, Response
 from ..net.http_head import Head, ProtocolError
 from ..net.origin import Target, resolve_url
@@ -222,6 +222,15 @@ class _Stream:
     async def readinto(self, buffer: memoryview) -> None:
         try:
             await self._response.readinto(buffer)
+        except RemoteError as error:
+            raise UnavailableError(f"{self._what}: {error}") from error
+
+    def blocking(self) -> BlockingRead | None:
+        return self._readinto_blocking if self._response.can_block else None
+
+    def _readinto_blocking(self, buffer: memoryview) -> None:
+        try:
+            self._response.readinto_blocking(buffer)
         except RemoteError as error:
             raise UnavailableError(f"{self._what}: {error}") from error
 

@@ -90,6 +90,28 @@ class Response:
         self._spent = False
         return got
 
+    @property
+    def can_block(self) -> bool:
+        """Whether `readinto_blocking` may be used: the body's length is known and nothing is encrypted."""
+        return self._left is not None and not self.head.chunked and self._connection.wire.is_plain
+
+    def readinto_blocking(self, buffer: memoryview) -> None:
+        """Do as `readinto`, in a thread, while no task reads; only if `can_block`. Raises UnavailableError, trio.Cancelled."""
+        if self._spent:
+            raise UnavailableError("the body cannot be read on after a failure")
+        self._spent = True
+        done = 0
+        while done < len(buffer):
+            if not self._left:
+                raise UnavailableError(f"the body ended {len(buffer) - done} bytes too soon")
+            got = self._connection.receive_into_blocking(buffer[done : done + self._left])
+            if got == 0:
+                raise UnavailableError(f"the connection closed with {self._left} bytes of the body missing")
+            self._left -= got
+            done += got
+        self._ended = self._left == 0
+        self._spent = False
+
     async def read_text(self, limit: int) -> bytes:
         """Return the body, or its first `limit` bytes; also what came before it broke off. For messages of refusals."""
         text = bytearray(limit)
@@ -172,6 +194,10 @@ class _Connection:
     async def receive_into(self, buffer: memoryview) -> int:
         """Read into `buffer`, whose every byte belongs to the body."""
         return self._take(buffer) if self._ahead else await self.wire.receive_into(buffer)
+
+    def receive_into_blocking(self, buffer: memoryview) -> int:
+        """Do as `receive_into`, in a thread."""
+        return self._take(buffer) if self._ahead else self.wire.receive_into_blocking(buffer)
 
     async def receive_some(self, buffer: memoryview) -> int:
         """Read what there is of a body that ends with the connection."""

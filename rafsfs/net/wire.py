@@ -8,9 +8,11 @@ connection is of no more use; `close` never waits.
 
 from __future__ import annotations
 
+import os
 import select
 import socket as stdlib_socket
 import ssl
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -24,6 +26,8 @@ from .tls_client import RECORD, SCRATCH, TlsClient
 LOW_WATER: Final = 1 << 20
 """A chunk: with 256 KiB a daemon woke up four times for each. The kernel holds it to half of the largest receive buffer."""
 _DRIP_S: Final = 0.05
+_LOOK_S: Final = 0.25
+"""How often a thread that waits for bytes looks whether anybody still wants them."""
 
 
 class Wire:
@@ -85,6 +89,38 @@ class Wire:
                         return await self._tls.receive_into(buffer)
                     return await self._stream.socket.recv_into(buffer)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise self._broken(error) from error
+        raise UnavailableError(f"{self._server} sent nothing for {self._timeout_s:g} s")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether bytes leave the socket as they are, so that a thread can read them."""
+        return self._tls is None
+
+    def receive_into_blocking(self, buffer: memoryview) -> int:
+        """Do as `receive_into`, in a thread of `trio.to_thread`, while no task uses the wire: there must be no TLS.
+
+        Raises UnavailableError, trio.Cancelled when the task that waits for the thread was cancelled.
+        """
+        mark, quiet_s = min(LOW_WATER, len(buffer)), 0.0
+        descriptor = self._stream.socket.fileno()
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        try:
+            self._set_low_water(mark)
+            while True:
+                if poller.poll(_LOOK_S * 1000):
+                    with suppress(BlockingIOError):
+                        return os.readv(descriptor, [buffer])
+                    continue
+                trio.from_thread.check_cancelled()
+                quiet_s += _LOOK_S
+                if quiet_s >= self._timeout_s and mark == 1:
+                    break
+                if quiet_s >= self._timeout_s:  # less than the mark may have come, and waits
+                    mark, quiet_s = 1, self._timeout_s - _LOOK_S
+                    self._set_low_water(mark)
+        except OSError as error:
             raise self._broken(error) from error
         raise UnavailableError(f"{self._server} sent nothing for {self._timeout_s:g} s")
 

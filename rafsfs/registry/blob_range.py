@@ -16,6 +16,7 @@ from typing import Final
 import trio
 
 from ..errors import NotFoundError, RemoteError, UnavailableError
+from ..interfaces import BlockingRead
 from ..net.http1 import Response
 from ..net.http_head import ProtocolError
 from ..net.origin import Target
@@ -69,6 +70,19 @@ class RangeStream:
         except RemoteError as error:
             # Also broken framing counts as cut off: the rest can be asked for again.
             raise UnavailableError(f"{self._what}: {error}") from error
+
+    def blocking(self) -> BlockingRead | None:
+        """Return what reads the stream in a thread (see ThreadedStream)."""
+        return self._readinto_blocking if self._response.can_block else None
+
+    def _readinto_blocking(self, buffer: memoryview) -> None:
+        if len(buffer) > self._left:
+            raise ValueError(f"{len(buffer)} bytes asked, {self._left} left in the range")
+        try:
+            self._response.readinto_blocking(buffer)
+        except RemoteError as error:
+            raise UnavailableError(f"{self._what}: {error}") from error
+        self._left -= len(buffer)
 
 
 class BlobRanges:

@@ -21,8 +21,9 @@ from typing import Final
 import trio
 
 from ..errors import FormatError, IntegrityError, NotFoundError, RemoteError, UnavailableError, UsageError
+from ..interfaces import BlockingRead
 from ..types import Descriptor, Digest
-from .disk import in_thread, write_synced
+from .disk import in_thread, remote_error, write_synced
 from .layout_upload import LayoutUpload, open_upload, uploads_directory
 from .manifests import (
     MAX_DOCUMENT,
@@ -310,6 +311,26 @@ class FileRange:
         while done < len(buffer):
             piece = buffer[done : done + READ_PIECE]
             got = await in_thread(partial(os.preadv, self._fd, [piece], self._offset))
+            if got == 0:
+                self._left = 0
+                raise UnavailableError(f"{self._what} ends at byte {self._offset}; it shrank while it was read")
+            done += got
+            self._offset += got
+            self._left -= got
+
+    def blocking(self) -> BlockingRead:
+        """Return what reads the stream in a thread (see ThreadedStream)."""
+        return self._readinto_blocking
+
+    def _readinto_blocking(self, buffer: memoryview) -> None:
+        if len(buffer) > self._left:
+            raise ValueError(f"{len(buffer)} bytes asked, {self._left} left in the range")
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], self._offset)
+            except OSError as error:
+                raise remote_error(error) from error
             if got == 0:
                 self._left = 0
                 raise UnavailableError(f"{self._what} ends at byte {self._offset}; it shrank while it was read")
