@@ -116,6 +116,9 @@ class Readahead:
             ahead = (ahead[0], cut if cut > ahead[0] else ahead[1])
         enough = min(step, limit // 2, stream.length)
         if ahead[0] < ahead[1] and (at_once or ahead[1] - ahead[0] >= enough or target == own[1]):
+            if ahead[1] - ahead[0] > step and ahead[1] not in {own[1], stream.home, self._size}:
+                # Whole steps: what is a little more than one read would be a second, tiny one.
+                ahead = (ahead[0], ahead[1] - (ahead[1] - ahead[0]) % step)
             spans.insert(0, ahead)
             stream.ahead_to = ahead[1]
         return spans

@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ..daemon.link import DaemonLink
@@ -29,10 +30,21 @@ _SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
 """How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
 who tries again of his own gets the full deadline, since the registry may be back."""
+_TOGETHER_S: Final = 1.0
+"""How long a question may have been with the daemon for another one for the same chunks to wait with it, and with its deadline: the
+kernel asks for one window in pieces of 64 KiB while its pages are small."""
 _SAME_FAILURE_S: Final = 5.0
 """Failures in one data space within this time are one line in the log."""
 
 Finished = Callable[[bool], None]
+
+
+@dataclass(slots=True)
+class _Wish:
+    """Chunks that the daemon is asked for, and who waits for them."""
+
+    asked_at: float
+    finished: list[Finished]
 
 
 class Loop:
@@ -63,6 +75,7 @@ class Loop:
         self._failed: dict[tuple[int, int], tuple[float, int]] = {}
         self._logged: dict[int, float] = {}
         self._hinted = [-HINT_EVERY] * len(views)
+        self._wanted: dict[tuple[int, int, int], _Wish] = {}
         self._touched: list[tuple[bytes, int, int]] = []
         """Chunks read for the first time since the daemon was told."""
         self._told = 0
@@ -112,12 +125,22 @@ class Loop:
             if now - failed_at < _SECOND_CHANCE_S and chunks.stop <= failed_stop:
                 deadline_s = min(_SECOND_DEADLINE_S, deadline_s)
 
+        key = space, chunks.start, chunks.stop
+        together = self._wanted.get(key)
+        if together is not None and deadline_s == self._deadline_s and now - together.asked_at < _TOGETHER_S:
+            together.finished.append(finished)
+            return
+        wish = self._wanted[key] = _Wish(now, [finished])
+
         def done(reason: str | None) -> None:
-            if reason is None and self._views[space].is_present(chunks.start, chunks.stop):
-                finished(True)
-                return
-            self._note_failure(space, chunks, reason or "the daemon says that it is there, the presence map does not")
-            finished(False)
+            if self._wanted.get(key) is wish:
+                del self._wanted[key]
+            is_here = reason is None and self._views[space].is_present(chunks.start, chunks.stop)
+            if not is_here:
+                reason = reason or "the daemon says that it is there, the presence map does not"
+                self._note_failure(space, chunks, reason)
+            for each in wish.finished:
+                each(is_here)
 
         self.link.ask(self._params(space, chunks), deadline_s, done)
 
