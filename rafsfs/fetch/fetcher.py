@@ -1,12 +1,14 @@
 """The fetch pipeline of a node: whoever needs chunks says so, each chunk is got once.
 
 A chunk that is wanted goes through these steps: single-flight table → queue (demand before prefetch) → copy from another data
-space that has the same digest → ranged read of a blob, merged with its neighbours → decode, digest, pwrite, mark, in one hop to a
-thread → waiters woken. A chunk stored as a difference whose base is not here is parked before the ranged read: its base flies like any
+space that has the same digest → ranged read of a blob, merged with its neighbours, by a thread that receives, decodes, hashes, writes and
+marks chunk by chunk (a stream that only the event loop can read, one under TLS, costs a hop to a thread per chunk) → waiters woken. A chunk stored as a difference whose base is not here is parked before the ranged read: its base flies like any
 chunk, and the landing puts it back in its queue. Workers never wait for a base, and chains are bounded, so nothing can lock up.
 
 Concurrency. All state below belongs to the trio thread and changes only between checkpoints, so it needs no locks; threads
-touch only the buffers handed to them and DataSpace (which is thread-safe). Tasks: `connections` workers, owned by the nursery of
+touch only the buffers handed to them, the stream that they read and DataSpace (which is thread-safe); what they have kept they tell
+by `run_sync_soon`, so what a cancelled thread has kept is landed all the same. A thread that waits for bytes sees within a quarter of a
+second that its task was cancelled. Tasks: `connections` workers, owned by the nursery of
 `open_fetcher`; `demand_reserve` of them take demand only. A waiter that is cancelled leaves the flight to the others; a flight
 whose waiters have all gone is finished if it has begun, dropped if it waits. Closing the fetcher fails all flights.
 Memory: at most `buffer_bytes` of stored bytes in buffers, half as much kept for use again, and the decoded chunk of each busy thread,

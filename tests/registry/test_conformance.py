@@ -156,6 +156,22 @@ async def test_many_ranges_at_once(store: ImageStore) -> None:
     assert len(results) == 40
 
 
+async def test_a_thread_reads_the_same_bytes_and_no_more_than_the_range(store: ImageStore) -> None:
+    data = noise(3_000_001)
+    digest = await store.put_blob(data)
+    async with store.open_range(digest, 5, 2_000_000) as stream:
+        assert isinstance(stream, ThreadedStream)
+        read_into = stream.blocking()
+        assert read_into is not None
+        out = bytearray(2_000_000)
+        for start in range(0, len(out), 333_333):
+            await trio.to_thread.run_sync(read_into, memoryview(out)[start : start + 333_333])
+        assert out == data[5:2_000_005]
+        with pytest.raises(ValueError):
+            await trio.to_thread.run_sync(read_into, memoryview(bytearray(1)))
+    assert await read_range(store, digest, 5, 5000, 999) == data[5:5005], "and its connection is good for the next"
+
+
 async def test_more_than_the_range_cannot_be_read(store: ImageStore) -> None:
     digest = await store.put_blob(noise(1000))
     async with store.open_range(digest, 10, 20) as stream:
