@@ -1,9 +1,10 @@
 """The fetch pipeline of a node: whoever needs chunks says so, each chunk is got once.
 
 A chunk that is wanted goes through these steps: single-flight table → queue (demand before prefetch) → copy from another data
-space that has the same digest → ranged read of a blob, merged with its neighbours, by a thread that receives, decodes, hashes, writes and
-marks chunk by chunk (a stream that only the event loop can read, one under TLS, costs a hop to a thread per chunk) → waiters woken. A chunk stored as a difference whose base is not here is parked before the ranged read: its base flies like any
-chunk, and the landing puts it back in its queue. Workers never wait for a base, and chains are bounded, so nothing can lock up.
+space that has the same digest → ranged read of a blob, merged with its neighbours, by a thread that receives, decodes, hashes, writes
+and marks chunk by chunk (a stream that only the event loop can read, one under TLS, costs a hop to a thread per chunk) → waiters woken.
+A chunk stored as a difference whose base is not here is parked before the ranged read: its base flies like any chunk, and the landing
+puts it back in its queue. Workers never wait for a base, and chains are bounded, so nothing can lock up.
 
 Concurrency. All state below belongs to the trio thread and changes only between checkpoints, so it needs no locks; threads
 touch only the buffers handed to them, the stream that they read and DataSpace (which is thread-safe); what they have kept they tell
@@ -187,8 +188,9 @@ class Fetcher:
         on_behalf: Counter[str] | None,
     ) -> None:
         """Wait for chunks that are not present."""
-        flights = [self._queue.join(space, index, priority, on_behalf) for index in wanted]
         limit = self.settings.deadline_s if deadline_s is None else deadline_s
+        until = trio.current_time() + (limit if math.isfinite(limit) else self.settings.deadline_s)
+        flights = [self._queue.join(space, index, priority, on_behalf, until=until) for index in wanted]
         try:
             with trio.move_on_after(limit) as scope:
                 for flight in flights:
@@ -318,10 +320,14 @@ class Fetcher:
                 for flight in waiting:
                     self._land(flight, cause)
                 return
-            if trio.current_time() - started > self.settings.deadline_s:
-                for flight in waiting:
+            now = trio.current_time()
+            if now - started > self.settings.deadline_s:
+                # Whoever joined later has his own time, counted from then.
+                for flight in [flight for flight in waiting if flight.until <= now]:
                     self._land(flight, cause)
-                return
+                    waiting.remove(flight)
+                if not waiting:
+                    return
             for flight in waiting:
                 flight.cause = cause
             self._note(waiting, cause)
@@ -417,7 +423,7 @@ class Fetcher:
 
     def _park(self, flight: Flight, space: DataSpace, index: int) -> None:
         """Take a flight out of its batch until chunk `index` of `space` has landed."""
-        base = self._queue.join(space, index, flight.priority, flight.sponsor)
+        base = self._queue.join(space, index, flight.priority, flight.sponsor, until=flight.until)
         self._queue.park(flight, base)
 
     def _base_of(self, source: Source, stored: StoredChunk) -> tuple[DataSpace, int]:
@@ -661,7 +667,10 @@ class Fetcher:
 
     def _late(self, flights: list[Flight], limit: float) -> DeadlineError:
         late = next((flight for flight in flights if not flight.done.is_set()), flights[0])
-        cause = f": {late.cause}" if late.cause else ""
+        met = late
+        while met.cause is None and met.base is not None:
+            met = met.base
+        cause = f": {met.cause}" if met.cause else ""
         return DeadlineError(
             f"chunk {late.index} of data space {late.space.space_id.hex()[:16]} did not come within {limit:g} s{cause}"
         )

@@ -1,11 +1,15 @@
 """The chunks on their way and the order in which they are taken: one flight per chunk, demand before prefetch.
 
+Rule: who joins a flight that others began has all of his own time. A flight is not given up before the last moment that any of those who
+joined it named, whenever it began.
+
 Concurrency: all state belongs to the trio thread and changes only between checkpoints; no method has one. A flight is queued, flown in the
 batch of one worker, or parked for its base, never two of these.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -32,6 +36,8 @@ class Flight:
     priority: Priority
     done: trio.Event
     waiters: int = 0
+    until: float = -math.inf
+    """Time before which it is tried again after a failure: of whoever waits longest, seconds of trio.current_time()."""
     started: bool = False
     error: RafsError | None = None
     origin: str = ""
@@ -75,8 +81,10 @@ class FlightQueue:
         flight = self._flights.get((space.space_id, index))
         return flight if flight is not None and flight.space is space else None
 
-    def join(self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None) -> Flight:
-        """Return the flight of a chunk with one more waiter; no checkpoint."""
+    def join(
+        self, space: DataSpace, index: int, priority: Priority, on_behalf: Counter[str] | None, *, until: float
+    ) -> Flight:
+        """Return the flight of a chunk with one more waiter, who waits `until` then; no checkpoint."""
         flight = self.find(space, index)
         if flight is None:
             if self._closed:
@@ -86,6 +94,7 @@ class FlightQueue:
             self.enqueue(flight)
         elif priority < flight.priority:
             self._hasten(flight, priority)
+        _extend(flight, until)
         flight.waiters += 1
         if flight.sponsor is None:
             flight.sponsor = on_behalf
@@ -204,6 +213,14 @@ class FlightQueue:
         for flight in batch:
             flight.batch = batch
         return batch
+
+
+def _extend(flight: Flight, until: float) -> None:
+    """Have a flight, and what it is parked for, tried until then at least."""
+    needed: Flight | None = flight
+    while needed is not None:
+        needed.until = max(needed.until, until)
+        needed = needed.base
 
 
 def of_batch(batch: list[Flight]) -> list[Flight]:

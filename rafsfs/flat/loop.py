@@ -30,7 +30,7 @@ _SECOND_DEADLINE_S: Final = 0.5
 _SECOND_CHANCE_S: Final = 0.1
 """How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
 who tries again of his own gets the full deadline, since the registry may be back."""
-_TOGETHER_S: Final = 1.0
+_TOGETHER_S: Final = 0.1
 """How long a question may have been with the daemon for another one for the same chunks to wait with it, and with its deadline: the
 kernel asks for one window in pieces of 64 KiB while its pages are small."""
 _SAME_FAILURE_S: Final = 5.0

@@ -15,7 +15,7 @@ import trio.testing
 from builder.base_image import BaseImage
 from builder.build import BuildOptions, build_image
 from builder.earlier_image import EarlierImage
-from rafsfs.errors import IntegrityError, UnavailableError
+from rafsfs.errors import DeadlineError, IntegrityError, UnavailableError
 from rafsfs.fetch.fetcher import Fetcher, open_fetcher
 from rafsfs.fetch.queue import Priority
 from rafsfs.fetch.source import FetchSettings, Source
@@ -225,8 +225,8 @@ async def test_an_origin_that_lost_the_base_says_so(layout: str, tmp_path: Path)
                 raise UnavailableError("no such blob")
 
         node.store.before = gone
-        with pytest.raises(UnavailableError, match="no such blob"):
-            await node.ensure(index, deadline_s=30)
+        with pytest.raises(DeadlineError, match="no such blob"):
+            await node.ensure(index, deadline_s=1)
         node.store.before = None
         await node.ensure(index)
         assert node.space(0).verify(index)

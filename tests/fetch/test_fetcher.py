@@ -19,7 +19,7 @@ from rafsfs.fetch.fetcher import Fetcher, open_fetcher
 from rafsfs.fetch.queue import Priority
 from rafsfs.fetch.source import FetchSettings, Source
 from rafsfs.image import Image, load_image
-from rafsfs.interfaces import BlobStream
+from rafsfs.interfaces import BlobStream, BlockingRead, ThreadedStream
 from rafsfs.registry.oci_layout import OciLayout
 from rafsfs.store.cache import Cache
 from rafsfs.types import Digest
@@ -31,8 +31,10 @@ COUNT = 40
 class Store(OciLayout):
     """A layout that notes each ranged read and fails as told."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, threaded: bool = True) -> None:
         super().__init__(path)
+        self.threaded = threaded
+        """Whether threads may read its streams."""
         self.reads: list[tuple[int, int]] = []
         self.before: Callable[[int, int], None] | None = None
         self.gate: trio.Event | None = None
@@ -62,10 +64,28 @@ class _Stream:
         self._given = 0
 
     async def readinto(self, buffer: memoryview) -> None:
+        self._check(buffer)
+        await self._inner.readinto(buffer)
+        self._spoil(buffer)
+
+    def blocking(self) -> BlockingRead | None:
+        read_into = self._inner.blocking() if isinstance(self._inner, ThreadedStream) else None
+        if not self._store.threaded or read_into is None:
+            return None
+
+        def read(buffer: memoryview) -> None:
+            self._check(buffer)
+            read_into(buffer)
+            self._spoil(buffer)
+
+        return read
+
+    def _check(self, buffer: memoryview) -> None:
         cut = self._store.cut_after
         if cut is not None and self._given + len(buffer) > cut:
             raise UnavailableError("the connection broke")
-        await self._inner.readinto(buffer)
+
+    def _spoil(self, buffer: memoryview) -> None:
         for bad in self._store.corrupt:
             if self._offset <= bad < self._offset + len(buffer):
                 buffer[bad - self._offset] ^= 0xFF
@@ -101,10 +121,12 @@ async def image_at(tmp_path: Path) -> str:
 
 
 @asynccontextmanager
-async def node_of(layout: str, path: Path, settings: FetchSettings | None = None) -> AsyncIterator[Node]:
+async def node_of(
+    layout: str, path: Path, settings: FetchSettings | None = None, *, threaded: bool = True
+) -> AsyncIterator[Node]:
     cache = Cache.open(str(path))
     try:
-        store = Store(layout)
+        store = Store(layout, threaded=threaded)
         image = await load_image(store, "v1")
         async with open_fetcher(cache, settings or FetchSettings(readahead_bytes=0)) as fetcher:
             yield Node(cache, fetcher, image, store, fetcher.add_source(image.chunk_map, store, "test"))
@@ -112,9 +134,9 @@ async def node_of(layout: str, path: Path, settings: FetchSettings | None = None
         cache.close()
 
 
-@pytest.fixture
-async def node(image_at: str, tmp_path: Path) -> AsyncIterator[Node]:
-    async with node_of(image_at, tmp_path / "cache") as found:
+@pytest.fixture(params=["by threads", "by the event loop"])
+async def node(image_at: str, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Node]:
+    async with node_of(image_at, tmp_path / "cache", threaded=request.param == "by threads") as found:
         yield found
 
 
@@ -182,6 +204,29 @@ async def test_a_store_that_stays_away_costs_the_deadline_and_names_the_cause(no
         await node.ensure(9, deadline_s=0.3)
     node.store.before = None
     await node.ensure(9, deadline_s=10)
+
+
+async def test_who_joins_a_fetch_that_failed_for_long_has_all_of_his_own_time(image_at: str, tmp_path: Path) -> None:
+    settings = FetchSettings(
+        deadline_s=0.04, readahead_bytes=0
+    )  # over when the second attempt fails, 0.05 s after the first
+    async with node_of(image_at, tmp_path / "cache", settings) as node, trio.open_nursery() as nursery:
+        attempts = 0
+        failed = trio.Event()
+
+        def fail(offset: int, length: int) -> None:
+            nonlocal attempts
+            attempts += 1
+            if attempts < 3:
+                failed.set()
+                raise UnavailableError("gone")
+
+        node.store.before = fail
+        nursery.start_soon(prefetch, node, 9)
+        await failed.wait()
+        await node.ensure(9, deadline_s=20)
+        assert node.space.is_present(9)
+        assert attempts == 3
 
 
 async def test_a_cancelled_reader_leaves_the_fetch_to_the_others(node: Node) -> None:

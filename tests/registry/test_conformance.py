@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from rafsfs.errors import IntegrityError, NotFoundError, RemoteError, UsageError
-from rafsfs.interfaces import ImageStore
+from rafsfs.interfaces import ImageStore, ThreadedStream
 from rafsfs.registry.reference import parse_reference
 from rafsfs.registry.store import RegistryOptions, open_store
 from rafsfs.types import Descriptor, Digest
