@@ -148,7 +148,7 @@ class Guard:
             if self._waiting.get(number) is waiting:
                 self._answer(number, ok=ok)
 
-        self.loop.want(space, chunks, finished)
+        self.loop.want(space, chunks, pid, finished)
 
     def _answer(self, number: int, *, ok: bool, close: bool = True) -> None:
         """Answer and strike the event, in this order: one that is answered twice is refused, one that is forgotten waits for ever."""

@@ -22,14 +22,11 @@ from typing import Any, Final
 from ..daemon.link import DaemonLink
 from ..daemon.pulse import BEAT_S
 from ..store.space_view import HINT_EVERY, SpaceView
+from .chances import Chances, Grant
 
 _log = logging.getLogger(__name__)
 
 _REPORT_S: Final = 0.5
-_SECOND_DEADLINE_S: Final = 0.5
-_SECOND_CHANCE_S: Final = 0.1
-"""How long after a failed read the next one inside the same range is taken for the kernel's, which asks again by the page. A reader
-who tries again of his own gets the full deadline, since the registry may be back."""
 _TOGETHER_S: Final = 0.1
 """How long a question may have been with the daemon for another one for the same chunks to wait with it, and with its deadline: the
 kernel asks for one window in pieces of 64 KiB while its pages are small."""
@@ -44,6 +41,8 @@ class _Wish:
     """Chunks that the daemon is asked for, and who waits for them."""
 
     asked_at: float
+    grant: Grant
+    readers: set[int]
     finished: list[Finished]
 
 
@@ -68,11 +67,10 @@ class Loop:
         self._views = views
         self._mount = mount
         self._generation = generation
-        self._deadline_s = deadline_s
         self._epoll = select.epoll()
         self._epoll.register(kernel_fd, select.EPOLLIN)
         self._polled = (-1, False)
-        self._failed: dict[tuple[int, int], tuple[float, int]] = {}
+        self._chances = Chances(deadline_s)
         self._logged: dict[int, float] = {}
         self._hinted = [-HINT_EVERY] * len(views)
         self._wanted: dict[tuple[int, int, int], _Wish] = {}
@@ -116,21 +114,17 @@ class Loop:
                     self.link.on_event()
                     due = 0.0
 
-    def want(self, space: int, chunks: range, finished: Finished) -> None:
-        """Have chunks of a data space made present; `finished(True)` when they are, `finished(False)` when they cannot be."""
+    def want(self, space: int, chunks: range, reader: int, finished: Finished) -> None:
+        """Have chunks of a data space made present for a thread; `finished(True)` when they are, `finished(False)` when they cannot be."""
         now = time.monotonic()
-        deadline_s = self._deadline_s
-        if self._failed:
-            failed_at, failed_stop = self._failed.get((space, chunks.start), (0.0, 0))
-            if now - failed_at < _SECOND_CHANCE_S and chunks.stop <= failed_stop:
-                deadline_s = min(_SECOND_DEADLINE_S, deadline_s)
-
+        grant = self._chances.grant(space, chunks, reader, now)
         key = space, chunks.start, chunks.stop
         together = self._wanted.get(key)
-        if together is not None and deadline_s == self._deadline_s and now - together.asked_at < _TOGETHER_S:
+        if together is not None and grant.is_fresh and now - together.asked_at < _TOGETHER_S:
             together.finished.append(finished)
+            together.readers.add(reader)
             return
-        wish = self._wanted[key] = _Wish(now, [finished])
+        wish = self._wanted[key] = _Wish(now, grant, {reader}, [finished])
 
         def done(reason: str | None) -> None:
             if self._wanted.get(key) is wish:
@@ -138,11 +132,11 @@ class Loop:
             is_here = reason is None and self._views[space].is_present(chunks.start, chunks.stop)
             if not is_here:
                 reason = reason or "the daemon says that it is there, the presence map does not"
-                self._note_failure(space, chunks, reason)
+                self._note_failure(space, chunks, wish, reason)
             for each in wish.finished:
                 each(is_here)
 
-        self.link.ask(self._params(space, chunks), deadline_s, done)
+        self.link.ask(self._params(space, chunks), grant.deadline_s, done)
 
     def hit(self, space: int, chunks: range, size: int) -> None:
         """Count a read that was served at once, and let the daemon go on ahead of the reader."""
@@ -162,12 +156,9 @@ class Loop:
     def _params(self, space: int, chunks: range) -> dict[str, Any]:
         return {"space": self._views[space].space_id, "first": chunks.start, "stop": chunks.stop}
 
-    def _note_failure(self, space: int, chunks: range, reason: str) -> None:
+    def _note_failure(self, space: int, chunks: range, wish: _Wish, reason: str) -> None:
         now = time.monotonic()
-        if len(self._failed) > 1000:
-            self._failed.clear()
-        for chunk in chunks:
-            self._failed[space, chunk] = (now, chunks.stop)
+        self._chances.note(space, chunks, wish.readers, wish.grant, now)
         if now - self._logged.get(space, -_SAME_FAILURE_S) >= _SAME_FAILURE_S:
             self._logged[space] = now
             _log.warning(

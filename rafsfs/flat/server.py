@@ -115,7 +115,8 @@ class FlatServer:
             self._answer(unique, view, offset, size)
             self.loop.hit(space, chunks, size)
         else:
-            self.loop.want(space, chunks, lambda ok: self._finish(unique, view, offset, size, ok))
+            reader = wire.parse_thread(request)
+            self.loop.want(space, chunks, reader, lambda ok: self._finish(unique, view, offset, size, ok))
         return None
 
     def _finish(self, unique: int, view: SpaceView, offset: int, size: int, ok: bool) -> None:

@@ -66,6 +66,11 @@ def parse(request: memoryview) -> Request:
     return opcode, unique, nodeid
 
 
+def parse_thread(request: memoryview) -> int:
+    """Return the thread that a request is for, 0 for one outside our PID namespace, of a request that `parse` took."""
+    return int(IN_HEADER.unpack_from(request)[6])
+
+
 def parse_read(request: memoryview) -> tuple[int, int]:
     """Return offset and size of a READ."""
     if len(request) < IN_HEADER.size + _READ_IN.size:
