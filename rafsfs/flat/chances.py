@@ -68,5 +68,5 @@ class Chances:
             before = self._failed.get((space, chunk))
             tired = before.readers if before is not None and now - before.at < PAUSE_S else set()
             self._failed[space, chunk] = _Failure(
-                now, chunks.stop, until, tired if grant.is_second else tired | readers
+                now, chunks.stop, grant.until, tired if grant.is_second else tired | readers
             )
