@@ -156,13 +156,17 @@ async def test_many_ranges_at_once(store: ImageStore) -> None:
     assert len(results) == 40
 
 
-async def test_a_thread_reads_the_same_bytes_and_no_more_than_the_range(store: ImageStore) -> None:
+async def test_a_thread_reads_the_same_bytes_and_no_more_than_the_range(
+    store: ImageStore, request: pytest.FixtureRequest
+) -> None:
     data = noise(3_000_001)
     digest = await store.put_blob(data)
     async with store.open_range(digest, 5, 2_000_000) as stream:
         assert isinstance(stream, ThreadedStream)
         read_into = stream.blocking()
-        assert read_into is not None
+        assert (read_into is None) == (request.node.callspec.params["opener"] == "tls")
+        if read_into is None:
+            return
         out = bytearray(2_000_000)
         for start in range(0, len(out), 333_333):
             await trio.to_thread.run_sync(read_into, memoryview(out)[start : start + 333_333])

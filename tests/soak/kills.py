@@ -41,7 +41,8 @@ FILES = {"first.bin": 12 * _MIB, "second.bin": 6 * _MIB}
 PRESENT = {"present.bin": 4 * _MIB}
 """Read before the kills begin."""
 UNREAD = {"unread.bin": 2 * _MIB}
-"""Never read, so that the image stays incomplete and the mode what it is."""
+"""Never read. What is fetched ahead of readers may bring it all the same: the image is complete then, its mount a plain one, and the
+round over."""
 RATE = 1.5e6
 """Bytes a second from the registry: the files take as long as a round."""
 FULL = 1e12
@@ -164,8 +165,10 @@ def _wait_whole(node: Node, mode: str, readers: Readers, *, by_itself: bool, is_
     roles = {"fuse": ("daemon", "worker"), "erofs": ("daemon",)}.get(mode, ("daemon", "worker", "holder"))
     end = time.monotonic() + BACK_S
     asked_at = time.monotonic() + COMMAND_S
-    while not (
-        all(_pids(node, role) for role in roles) and _answers(node) and (mode in {"fuse", "erofs"} or _is_held(node))
+    while not _is_plain(node, mode) and not (
+        all(_pids(node, role) for role in roles)
+        and _modes(node) is not None
+        and (mode in {"fuse", "erofs"} or _is_held(node))
     ):
         if time.monotonic() > end:
             found = {role: _pids(node, role) for role in roles}
@@ -179,17 +182,23 @@ def _wait_whole(node: Node, mode: str, readers: Readers, *, by_itself: bool, is_
         wait_for(lambda: readers.have_read_present_since(again), f"readers go on\n{node.log()}", BACK_S)
 
 
-def _answers(node: Node) -> bool:
-    """Tell whether the daemon has taken over its mounts, and all are ready."""
+def _modes(node: Node) -> set[str] | None:
+    """Return the modes of the mounts once the daemon has taken over all of them and they are ready, else None."""
 
-    async def ask() -> bool:
+    async def ask() -> set[str] | None:
         with contextlib.suppress(DaemonError), trio.move_on_after(1):
             async with open_connection(str(node.cache)) as connection:
                 found = await connection.call("status", {})
-                return all(mount["state"] == "ready" for mount in found["mounts"])
-        return False
+                if all(mount["state"] == "ready" for mount in found["mounts"]):
+                    return {mount["mode"] for mount in found["mounts"]}
+        return None
 
     return trio.run(ask)
+
+
+def _is_plain(node: Node, mode: str) -> bool:
+    """Tell whether the image has become complete: the kernel serves it alone, and there is nobody left to kill but the daemon."""
+    return mode in {"lazy", "kernel"} and _modes(node) == {"erofs"}
 
 
 def _is_held(node: Node) -> bool:
@@ -243,6 +252,9 @@ def _rounds(mode: str, kills: int, seed: int, home: Path, report: Report, until:
                 readers = Readers(jobs, place, report.seen)
                 try:
                     for _ in range(min(PER_ROUND, kills - len(report.kills))):
+                        if _is_plain(node, mode):
+                            print(f"round {number}: the image is complete", file=sys.stderr)
+                            break
                         _kill_some(node, mode, rng, report, readers)
                 finally:
                     readers.end()
@@ -276,6 +288,7 @@ def _kill_some(node: Node, mode: str, rng: random.Random, report: Report, reader
     pause = rng.choice((0.0, 0.0, 0.01, 0.05))
     chosen = [(role, _pids(node, role)) for role in victims]
     is_calm = rng.random() < CALM
+    print(f"{len(report.kills) + 1} kills {chosen}", file=sys.stderr, flush=True)
     kill = Kill(victims, time.monotonic(), is_calm=is_calm)
     report.kills.append(kill)
     for number, (_, pids) in enumerate(chosen):
