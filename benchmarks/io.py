@@ -40,8 +40,6 @@ _TARGET = {"kernel": 0.9, "erofs": 0.95}
 _BLOCK = 4 << 20
 _COPIES = 3
 """Of what is loaded cold, in memory: the file system's pages, the cache file's, and the stored bytes on their way."""
-_GIVEN_S = 0.3
-"""Less than any cold load here takes."""
 
 
 def modes_of_this_version() -> list[str]:
@@ -58,7 +56,7 @@ def at_hand(size: int) -> Iterator[None]:
     """Have memory for a cold load of so many bytes; what a virtual machine's host has to find is not what is measured."""
     with contextlib.closing(Ballast(_COPIES * size)) as ballast:
         ballast.hold()
-        with ballast.giving(_GIVEN_S):
+        with ballast.giving():
             yield
 
 
