@@ -186,12 +186,15 @@ def _modes(node: Node) -> set[str] | None:
     """Return the modes of the mounts once the daemon has taken over all of them and they are ready, else None."""
 
     async def ask() -> set[str] | None:
-        with contextlib.suppress(DaemonError), trio.move_on_after(1):
-            async with open_connection(str(node.cache)) as connection:
-                found = await connection.call("status", {})
-                if all(mount["state"] == "ready" for mount in found["mounts"]):
-                    return {mount["mode"] for mount in found["mounts"]}
-        return None
+        found: dict[str, Any] = {"mounts": [{"state": "unknown"}]}
+        try:
+            with trio.move_on_after(1):
+                async with open_connection(str(node.cache)) as connection:
+                    found = await connection.call("status", {})
+        except* DaemonError:  # killed between the greeting and the answer: the connection's tasks end with it
+            pass
+        is_ready = all(mount["state"] == "ready" for mount in found["mounts"])
+        return {mount["mode"] for mount in found["mounts"]} if is_ready else None
 
     return trio.run(ask)
 
