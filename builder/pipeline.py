@@ -5,7 +5,7 @@ other: read, hash, and encode it at once, while it is in the processor's cache, 
 same. Then, in order, one task looks digests up, which alone decides what is new; what it finds new and not encoded yet goes to a thread
 again. So the result depends neither on thread count nor on timing; two equal chunks on their way at once cost one encoding in vain.
 
-Memory: 2 × threads + 2 slabs of 8 MiB and one chunk, used again and again (fresh pages cost more than the reading), each twice: as
+Memory: 2 × threads + 1 slabs of 16 MiB and one chunk, used again and again (fresh pages cost more than the reading), each twice: as
 read, as encoded; with a base image as much again for its chunks; plus 60 bytes per distinct chunk in the table of known
 ones. Nothing grows with the size of a file.
 
@@ -24,6 +24,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 import trio
@@ -39,8 +40,11 @@ from .layout import ChunkPlan
 from .reuse import Reuse
 from .source_file import OpenFiles, SourceFile
 
-BATCH_BYTES: Final = 8 << 20
-"""Bytes per hop to a thread: a hop costs up to 0.25 ms under load, hashing and encoding 8 MiB about 10 ms."""
+BATCH_BYTES: Final = 16 << 20
+"""Bytes per hop to a thread: a batch takes five hops, each up to 0.25 ms under load and a turn of the event loop, which the threads wait
+for too; hashing and encoding 16 MiB takes about 30 ms."""
+_PLANNED: Final = 4
+"""Batches planned in one hop."""
 _BATCH_CHUNKS: Final = 512
 _BASE_READS: Final = 8
 """Chunks of the base image fetched at once."""
@@ -155,7 +159,7 @@ class ChunkPipeline:
         self._codec = codec
         self._limiter = limiter
         threads = int(limiter.total_tokens)
-        self._depth = 2 * threads + 2
+        self._depth = 2 * threads + 1
         self._slabs = _Slabs(self._depth, BATCH_BYTES + chunk_size)
         self._progress = progress
         self._to_read = trio.Semaphore(threads + 1)
@@ -180,11 +184,12 @@ class ChunkPipeline:
         batches = _batches(chunks)
         async with onward:
             # Planning reads what is cut by content, and headers.
-            while (batch := await trio.to_thread.run_sync(next, batches, None)) is not None:
-                batch.slab = await self._slabs.take()
-                await self._to_read.acquire()
-                await onward.send(batch)
-                nursery.start_soon(self._take_in, batch)
+            while planned := await trio.to_thread.run_sync(lambda: list(islice(batches, _PLANNED))):
+                for batch in planned:
+                    batch.slab = await self._slabs.take()
+                    await self._to_read.acquire()
+                    await onward.send(batch)
+                    nursery.start_soon(self._take_in, batch)
 
     async def _take_in(self, batch: _Batch) -> None:
         try:
