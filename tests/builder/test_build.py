@@ -184,8 +184,8 @@ async def test_a_file_that_changes_under_the_reader_ends_the_build_and_leaves_no
 
     with pytest.raises(SourceError, match=f"file-7 {what} while it was read"):
         await build(top, tmp_path / "layout", BuildOptions(threads=1, codec="raw"), progress=while_reading(act))
-    index = json.loads((tmp_path / "layout" / "index.json").read_text())
-    assert index["manifests"] == []
+    index = tmp_path / "layout" / "index.json"
+    assert not index.exists() or json.loads(index.read_text())["manifests"] == []  # none if nothing was sent yet
 
 
 async def test_a_missing_source_is_one_clear_line(tmp_path: Path) -> None:
