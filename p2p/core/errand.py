@@ -112,11 +112,9 @@ class Errand:
         if coming:
             now = (yield Perform(coming)).now
         for attempt in range(ROUNDS):
-            wanted = self._missing()
-            offers = task.offers(wanted, now)
-            missing = wanted
-            if offers:
-                runs, _ = assign(wanted, offers, content.length, self._rng)
+            missing = self._missing()
+            runs = self._runs(missing, now)
+            if runs:
                 now = (yield Take(runs)).now
                 missing = self._missing()
                 if missing and attempt < ROUNDS - 1:
@@ -134,6 +132,21 @@ class Errand:
         if follows:
             yield Perform(follows)
         return Outcome(content.missing(self._ours), self._still_coming(now) + waiting)
+
+    def _runs(self, missing: list[int], now: float) -> list[Run]:
+        """Return what to take from whom."""
+        task, content = self._task, self._task.content
+        if len(missing) == 1:
+            (chunk,) = missing
+            size = content.length(chunk)
+            peer = task.soonest(chunk, size, now, self._rng)
+            runs = [] if peer is None else [Run(peer, chunk, 1, size)]
+        else:
+            offers = task.offers(missing, now)
+            runs = assign(missing, offers, content.length, self._rng)[0] if offers else []
+        for run in runs:
+            task.neighbours[run.peer].standing.ask(now)
+        return runs
 
     def _missing(self) -> list[int]:
         missing = self._task.content.missing(self._chunks)

@@ -22,6 +22,8 @@ _AHEAD: Final = 4
 """Batches per neighbour, this peer counted, among which one that nobody near has is chosen."""
 _LOOKED_AT: Final = 64
 """Batches that are looked at one by one when nothing else is left to choose."""
+_BARREN_S: Final = 1.0
+"""Neighbours are looked through again after so long, if nothing has been heard of what is left."""
 _NONE: Final = bytes([_TAKEN])
 _ABSENT: Final = bytes([_TAKEN]) + bytes(255)
 """Turns a have-map into what hides the ranks of chunks that are not there."""
@@ -35,13 +37,15 @@ class Prefetch:
         self._rng = rng
         self._batches = {batch[0]: batch for batch in batches}
         self._blind: set[int] = set()
-        self._rank = bytearray([_TAKEN]) * task.content.count
+        self._taken = bytearray([_TAKEN]) * task.content.count
+        """Of each chunk, 0 if it is the first of a batch that is left."""
         for first in self._batches:
-            self._rank[first] = task.copies[first]
-        self._near = sum(task.copies[first] > 0 for first in self._batches)
-        """Batches that some neighbour has."""
+            self._taken[first] = 0
+        self._rank = bytearray()
+        """What is left, by how many neighbours have it; _TAKEN for all else. Made anew when the counts have changed."""
+        self._is_stale = True
         self._barren_until = 0.0
-        """Before this time, and before something changes, no neighbour that may be asked has anything that is left."""
+        """Before this time, and before something of what is left changes, no neighbour that may be asked has anything that is left."""
         task.plans.append(self)
 
     @property
@@ -56,11 +60,8 @@ class Prefetch:
 
     def changed(self, chunk: int) -> None:
         """The number of copies of a chunk among neighbours has changed."""
-        self._blind.discard(chunk)
-        before = self._rank[chunk]
-        if before != _TAKEN:
-            after = self._rank[chunk] = self._task.copies[chunk]
-            self._near += (after > 0) - (before > 0)
+        self._is_stale = True
+        if not self._taken[chunk]:
             self._barren_until = 0.0
 
     def landed(self, chunk: int) -> None:
@@ -69,20 +70,31 @@ class Prefetch:
 
     def choose(self, now: float) -> list[int] | None:
         """Take the next batch, None if there is nothing that could be had now."""
+        if self._is_stale:
+            self._look()
         first = -1
         if len(self._blind) < BLIND:
             first = self._early()
             if first >= 0:
                 self._blind.add(first)
-        if first < 0 and self._near and now >= self._barren_until:
+        if first < 0 and now >= self._barren_until:
             first = self._rarest_of_soonest(now)
         if first < 0 and not self._blind:
             first = self._miscounted()
         if first < 0:
             return None
-        self._near -= self._rank[first] > 0
+        self._taken[first] = _TAKEN
         self._rank[first] = _TAKEN
         return self._batches.pop(first)
+
+    def _look(self) -> None:
+        """Make the ranks anew."""
+        size = len(self._taken)
+        copies, taken = int.from_bytes(self._task.copies, "little"), int.from_bytes(self._taken, "little")
+        self._rank = bytearray((copies | taken).to_bytes(size, "little"))
+        self._is_stale = False
+        if self._blind:
+            self._blind = {chunk for chunk in self._blind if not self._task.copies[chunk]}
 
     def _rarest_of_soonest(self, now: float) -> int:
         draw = self._rng.random
@@ -97,7 +109,7 @@ class Prefetch:
                 return found
         self._barren_until = min(
             (n.standing.rests_until for n in self._task.neighbours.values() if n.standing.rests_until > now),
-            default=0.0,
+            default=now + _BARREN_S,
         )
         return -1
 

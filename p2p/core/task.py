@@ -6,6 +6,8 @@ Memory: one byte per chunk and neighbour, one or two per chunk, about 100 bytes 
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 MOST_COPIES: Final = 254
 """Copies of a chunk among neighbours are counted up to here."""
+PROBE_S: Final = 0.05
+"""Who had no slot free is asked by one request at a time, which has so long to be refused again: what waits for it does not come all at
+once."""
 _WEIGHT: Final = 0.3
 """Of the newest transfer in the rate that a peer is believed to give."""
 
@@ -70,12 +75,17 @@ class Standing:
     slot_s: float = 0.0
     """How long one of the chunks that it gave has taken."""
 
+    def ask(self, now: float) -> None:
+        """Note that something is asked of it: while it may refuse, by one request at a time."""
+        if self.refusals:
+            self.rests_until = max(self.rests_until, now + PROBE_S)
+
     def note(self, size: int, seconds: float) -> None:
         """Note a transfer."""
         self.bytes_got += size
         self.faults = 0
         self.refusals = 0
-        self.rate += _WEIGHT * (size / max(seconds, 1e-3) - self.rate)
+        self.rate = max(1.0, self.rate + _WEIGHT * (size / max(seconds, 1e-3) - self.rate))
         self.slot_s += _WEIGHT * (seconds - self.slot_s)
 
 
@@ -179,6 +189,29 @@ class PeerTask:
             if s.rests_until <= now and not s.banned:
                 offers[s.contact.id] = Offer(have, s.under_way, s.rate)
         return offers
+
+    def soonest(self, chunk: int, size: int, now: float, rng: random.Random) -> str | None:
+        """Return who would deliver a chunk soonest of the neighbours that may be asked for it, equals at random: what `selection.assign`
+        says of all `offers`, for one chunk.
+        """
+        if not self.copies[chunk]:
+            return None
+        best: Standing | None = None
+        least, equals = math.inf, 1
+        for n in self.neighbours.values():
+            if not n.have[chunk]:
+                continue
+            s = n.standing
+            if s.rests_until > now or not n.listening or s.banned:
+                continue
+            takes = (s.under_way + size) / s.rate
+            if takes < least:
+                best, least, equals = s, takes, 1
+            elif takes == least:
+                equals += 1
+                if rng.random() * equals < 1.0:
+                    best = s
+        return None if best is None else best.contact.id
 
     def parent_of(self, group: int, now: float) -> NeighbourView | None:
         """Return the neighbour that passes on a group as it gets it, None if nobody near does: whoever fetches it, until he has refused,

@@ -34,6 +34,8 @@ class SimContent:
 
     def missing(self, chunks: Iterable[int]) -> list[int]:
         values = self.values
+        if type(chunks) is list and len(chunks) == 1:
+            return chunks if values[chunks[0]] is None else []
         return [chunk for chunk in chunks if values[chunk] is None]
 
     def has(self, chunk: int) -> bool:

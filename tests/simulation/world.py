@@ -6,6 +6,7 @@ everything random comes from one seed, so a run can be had again.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import itertools
 import random
@@ -20,7 +21,9 @@ from scheduler.engine import Engine, Out
 
 from .content import SimContent
 from .links import NO_LINK, Links
-from .node import PREFETCHES, RESERVE, SILENT_S, WORKERS, Behaviour, SimNode
+from .node import Behaviour, SimNode
+from .pipeline import PREFETCHES, RESERVE, WORKERS
+from .serving import SILENT_S
 
 LATE_TICK_S = 1.0
 SAMPLE = 64
@@ -125,6 +128,16 @@ class World:
 
     def run(self) -> None:
         """Run until every peer that stays has all, or the limit is reached."""
+        # Nothing here is garbage in cycles, and to look for it among millions of objects takes longer than the run.
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            self._run()
+        finally:
+            if was_on:
+                gc.enable()
+
+    def _run(self) -> None:
         events, pop = self._events, heapq.heappop
         step = self.setting.step_s
         start = 0.0
@@ -181,8 +194,8 @@ class World:
         node.die()
         if politely:
             self._deliver(self.engine.disconnect(name, self.now))
-        for other in node.listeners.values():
-            self.after(0.01 if politely else SILENT_S, other.neighbour_is_silent, name)
+        for other in node.mesh.drop_all():
+            self.after(0.01 if politely else SILENT_S, other.mesh.is_silent, name)
         self.links.set_capacity(node.up, 0.0)
         self.links.set_capacity(node.down, 0.0)
 
