@@ -9,6 +9,7 @@ ask the scheduler for the same one. When there is nothing of either kind, nothin
 
 from __future__ import annotations
 
+import math
 import random
 from itertools import islice
 from typing import Final
@@ -25,6 +26,8 @@ _LOOKED_AT: Final = 64
 _BARREN_S: Final = 1.0
 """Neighbours are looked through again after so long, if nothing has been heard of what is left."""
 _NONE: Final = bytes([_TAKEN])
+_NEAR: Final = bytes([0]) + bytes([1]) * 254 + bytes([0])
+"""Turns ranks into a map of what is left and some neighbour has."""
 _ABSENT: Final = bytes([_TAKEN]) + bytes(255)
 """Turns a have-map into what hides the ranks of chunks that are not there."""
 
@@ -97,20 +100,31 @@ class Prefetch:
             self._blind = {chunk for chunk in self._blind if not self._task.copies[chunk]}
 
     def _rarest_of_soonest(self, now: float) -> int:
-        draw = self._rng.random
-        ranked = [
-            ((n.standing.under_way + 1) / max(1.0, n.standing.rate), draw(), number, n)
-            for number, n in enumerate(self._task.willing(now))
-        ]
-        ranked.sort()
-        for _, _, _, neighbour in ranked:
-            found = self._rarest(neighbour)
-            if found >= 0:
-                return found
+        wanted = int.from_bytes(self._rank.translate(_NEAR), "little")
+        best: NeighbourView | None = None
+        if wanted:
+            least, equals, draw = math.inf, 1, self._rng.random
+            for n in self._task.neighbours.values():
+                s = n.standing
+                if s.rests_until > now or not n.listening or s.banned:
+                    continue
+                takes = (s.under_way + 1) / s.rate
+                if takes > least or not int.from_bytes(n.have, "little") & wanted:
+                    continue
+                if takes < least:
+                    best, least, equals = n, takes, 1
+                else:
+                    equals += 1
+                    if draw() * equals < 1.0:
+                        best = n
+        if best is not None:
+            return self._rarest(best)
         self._barren_until = min(
             (n.standing.rests_until for n in self._task.neighbours.values() if n.standing.rests_until > now),
             default=now + _BARREN_S,
         )
+        if not wanted:
+            self._barren_until = now + _BARREN_S
         return -1
 
     def _miscounted(self) -> int:

@@ -65,10 +65,11 @@ class Mesh:
                 continue
             if not node.content.left:
                 done.append(node.name)
-            elif news is not None:
-                node.mesh.hear(view, news)
-            elif pending is not None:
+            elif news is None:
+                assert pending is not None
                 node.core.is_fetching(view, pending)
+            elif len(news) > 1 or not view.have[news[0]]:
+                node.mesh.hear(view, news)
         for name in done:  # it wants nothing more
             self._listeners.pop(name, None)
             self._near = None
