@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 
 from p2p.core.task import NeighbourView
 
+from .serving import Follow
+
 if TYPE_CHECKING:
     from .node import SimNode
 
 GATHER_S = 0.01
 GONE_S = 9.0
+Coming = tuple[set[int], dict[int, int]]
+"""What a node fetches from the registry, and what it follows, at what depth."""
 
 
 class Mesh:
@@ -43,22 +47,20 @@ class Mesh:
         if self._node.alive and news:
             self._send(news, None)
 
-    def show_pending(self, groups: set[int]) -> None:
-        """Tell what is being fetched from the registry."""
-        self._send(None, groups)
+    def show_coming(self, pending: set[int], relayed: dict[int, int]) -> None:
+        """Tell what is being fetched from the registry, and what is followed."""
+        self._send(None, (pending, relayed))
 
-    def _send(self, news: list[int] | None, pending: set[int] | None) -> None:
+    def _send(self, news: list[int] | None, coming: Coming | None) -> None:
         if self._near is None:
             zone = self._node.zone
             self._near = [pair for pair in self._listeners.values() if pair[0].zone == zone]
             self._far = [pair for pair in self._listeners.values() if pair[0].zone != zone]
         for pairs in (self._near, self._far):
             if pairs:
-                self._world.after(self._world.latency(self._node, pairs[0][0]), self._reach, pairs, news, pending)
+                self._world.after(self._world.latency(self._node, pairs[0][0]), self._reach, pairs, news, coming)
 
-    def _reach(
-        self, pairs: list[tuple[SimNode, NeighbourView]], news: list[int] | None, pending: set[int] | None
-    ) -> None:
+    def _reach(self, pairs: list[tuple[SimNode, NeighbourView]], news: list[int] | None, coming: Coming | None) -> None:
         done = []
         for node, view in pairs:
             if not view.listening or not node.alive:
@@ -66,8 +68,10 @@ class Mesh:
             if not node.content.left:
                 done.append(node.name)
             elif news is None:
-                assert pending is not None
-                node.core.is_fetching(view, pending)
+                assert coming is not None
+                node.core.is_fetching(view, *coming)
+                if node.pipeline.room > 0:
+                    node.pipeline.prefetch()
             elif len(news) > 1 or not view.have[news[0]]:
                 node.mesh.hear(view, news)
         for name in done:  # it wants nothing more
@@ -102,14 +106,15 @@ class Mesh:
         other.mesh._listeners[node.name] = (node, view)
         other.mesh._near = None
         have = list(range(node.content.count)) if other.is_liar else other.content.held()
-        self._world.after(self._world.latency(other, node), self._first_map, view, have, set(other.task.leases))
+        coming = set(other.task.leases), dict(other.task.relayed)
+        self._world.after(self._world.latency(other, node), self._first_map, view, have, coming)
 
-    def _first_map(self, view: NeighbourView, have: list[int], pending: set[int]) -> None:
+    def _first_map(self, view: NeighbourView, have: list[int], coming: Coming) -> None:
         node = self._node
         if node.alive and not node.content.complete and node.task.neighbours.get(view.id) is view:
             view.listening = True
             self.hear(view, have)
-            node.core.is_fetching(view, pending)
+            node.core.is_fetching(view, *coming)
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
         """A neighbour has told what it has."""
@@ -129,6 +134,9 @@ class Mesh:
         if node.alive and view is not None and view.listening:
             view.listening = False
             view.pending = set()
+            view.relayed = {}
+            for exchange in [e for e in node.exchanges if type(e) is Follow and e.view is view]:
+                exchange.given_up()
             node.core.silent(node.task)
             node.tick_at(self._world.now)
             self._world.after(GONE_S, self._part, view, not node.content.complete)

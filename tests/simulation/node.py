@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from p2p.core import effects as what
+from p2p.core.errand import FOLLOW_S
 from p2p.core.peer import PeerCore
 from p2p.core.task import PeerTask
 from p2p.protocol.messages import VERSION, Answer, FromScheduler, Hello, Kind
+from p2p.upload import FEWEST_FOLLOWERS, FOLLOWERS
 
 from .content import SimContent
+from .links import NOBODY
 from .mesh import Mesh
 from .pipeline import Pipeline
-from .serving import Follow
+from .serving import Follow, Request
 
 if TYPE_CHECKING:
     from .world import World
@@ -59,7 +62,11 @@ class SimNode:
     origin_bytes: float = 0.0
     peer_bytes: float = 0.0
     followers: dict[int, list[Follow]] = field(default_factory=dict)
-    """Of units on their way here, who gets them next."""
+    """Of units on their way here, to whom they are passed on."""
+    incoming: dict[int, int] = field(default_factory=dict)
+    """Of units that may be passed on, the transfer by which they come."""
+    exchanges: set[Request | Follow] = field(default_factory=set)
+    """What has been asked of others."""
     _ticks_due: set[float] = field(default_factory=set)
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -93,6 +100,8 @@ class SimNode:
     def die(self) -> None:
         """The machine is gone: nothing is told to anybody."""
         self.alive = False
+        for exchange in list(self.exchanges):
+            exchange.taker_died()
 
     def _periodic(self) -> None:
         if self.alive and not (self.content.complete and not self.task.news):
@@ -107,6 +116,11 @@ class SimNode:
             for chunk in self.pipeline.from_registry:
                 if chunk in leases:
                     leases[chunk] = self.world.now
+            if self.task.followed:  # a unit stands for many chunks here, too
+                waiting, until = self.task.waiting, self.world.now + FOLLOW_S
+                for exchange in self.exchanges:
+                    if type(exchange) is Follow and exchange.is_moving and exchange.chunk in waiting:
+                        waiting[exchange.chunk] = until
             effects = self.core.tick(self.world.now)
             if effects:
                 self.perform(effects)
@@ -147,9 +161,10 @@ class SimNode:
             return False
         pipeline = self.pipeline
         pipeline.landed(chunk)
+        self.incoming.pop(chunk, None)
         if self.followers:
             for follower in self.followers.pop(chunk, ()):
-                follower.begin()
+                follower.supplied(NOBODY)
         self.mesh.landed(chunk)
         self.perform(self.core.landed(self.task.task, chunk, self.world.now))
         if self.content.complete:
@@ -160,6 +175,27 @@ class SimNode:
         pipeline.prefetch()
         pipeline.fly()
         return True
+
+    def supply(self, chunk: int, transfer: int) -> None:
+        """A unit begins to come in a way that others may follow."""
+        self.incoming[chunk] = transfer
+        for follower in self.followers.get(chunk, ()):
+            follower.supplied(transfer)
+
+    def is_coming(self, chunk: int) -> bool:
+        """Tell whether a unit is being fetched or followed here."""
+        return chunk in self.task.leases or chunk in self.task.relayed
+
+    @property
+    def most_followers(self) -> int:
+        """To how many a unit is passed on."""
+        return max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(self.task.leases) + len(self.task.relayed)))
+
+    def _tell_coming(self) -> None:
+        self.mesh.show_coming(set(self.task.leases), dict(self.task.relayed))
+        for chunk in [chunk for chunk in self.followers if not self.is_coming(chunk)]:
+            for follower in self.followers.pop(chunk):
+                follower.given_up()
 
     # ---- decisions -----------------------------------------------------------------------------------------------
 
@@ -183,8 +219,8 @@ class SimNode:
             elif isinstance(effect, what.FillGroup):
                 for chunk in effect.chunks:
                     self.pipeline.fill(chunk)
-            elif isinstance(effect, what.ShowPending):
-                self.mesh.show_pending(set(effect.groups))
+            elif isinstance(effect, (what.ShowPending, what.ShowRelayed)):
+                self._tell_coming()
             elif isinstance(effect, what.Follow):
                 Follow(self, effect.run).send()
             elif isinstance(effect, what.Listen):

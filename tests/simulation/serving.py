@@ -1,5 +1,5 @@
 """Units from one simulated node to another: a request with its slot, refusal and stall, as p2p/upload.py and p2p/neighbour.py do it, and
-following what another node is fetching.
+following what another node is getting, which passes it on as it comes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from p2p.core.task import NeighbourView
 from p2p.neighbour import STALL_S
 from p2p.selection import Run
-from p2p.upload import FEWEST_FOLLOWERS, FOLLOWERS
-from scheduler.engine import LEASE_S
 
 from .content import right_value
+from .links import NOBODY
 
 if TYPE_CHECKING:
     from .node import SimNode
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 SILENT_S = 6.0
 STALL_FACTOR = 4.0
+GRACE_S = 0.5
 ASKED, SENDING, OVER = range(3)
 
 
@@ -47,6 +47,7 @@ class Request:
             return
         standing = view.standing
         standing.under_way += self._size
+        self._taker.exchanges.add(self)
         patience = STALL_FACTOR * (standing.under_way + self._size) / standing.rate
         world.after(max(STALL_S, patience), self._stalled)
         world.after(world.latency(self._taker, giver), self._arrived)
@@ -82,12 +83,17 @@ class Request:
             taker.perform(taker.core.was_stalled(taker.task, self._view, taker.world.now))
             taker.pipeline.request_over(self._flight)
 
+    def taker_died(self) -> None:
+        """Nobody takes it any more."""
+        self._end()
+
     def _end(self) -> bool:
         """End it, unless it has ended; return whether anybody waits for it."""
         if self._state == OVER:
             return False
         assert self._view is not None
         self._view.standing.under_way -= self._size
+        self._taker.exchanges.discard(self)
         if self._state == SENDING:
             assert self._giver is not None
             self._taker.world.links.stop(self._transfer)
@@ -109,63 +115,125 @@ class Request:
 
 
 class Follow:
-    """Follow a unit that another node is fetching: it is sent on when it is there whole, since a unit here is as large as a group."""
+    """Follow a unit that another node is getting: what has come of it there is sent on, as its chunks are in the daemon."""
 
-    __slots__ = ("_giver", "_run", "_taker")
+    __slots__ = ("_giver", "_run", "_state", "_taker", "_takes_slot", "_transfer", "view")
 
     def __init__(self, taker: SimNode, run: Run) -> None:
         self._taker = taker
         self._run = run
         self._giver: SimNode | None = taker.world.nodes.get(run.peer)
+        self._state = ASKED
+        self._takes_slot = False
+        self._transfer = 0
+        self.view = taker.task.neighbours.get(run.peer)
 
     def send(self) -> None:
         """Ask."""
-        self._taker.world.after(self._latency, self._arrived)
-
-    @property
-    def _latency(self) -> float:
-        return self._taker.world.latency(self._taker, self._giver) if self._giver is not None else 0.0
-
-    def _ended(self, refused: bool) -> None:
-        taker = self._taker
-        if taker.alive:
-            taker.perform(taker.core.follow_ended(taker.task.task, self._run, taker.world.now, refused=refused))
+        taker, giver = self._taker, self._giver
+        taker.exchanges.add(self)
+        if giver is None or self.view is None:
+            taker.world.after(0, self._ended, True)
+        else:
+            taker.world.after(taker.world.latency(taker, giver), self._arrived)
 
     def _arrived(self) -> None:
         giver, chunk, world = self._giver, self._run.first, self._taker.world
-        if giver is None or not giver.alive:
-            world.after(SILENT_S, self._ended, False)
+        assert giver is not None
+        if self._state == OVER:
             return
-        waiting = giver.followers.get(chunk, [])
-        enough = max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(giver.task.leases)))
-        if giver.content.has(chunk):
-            self.begin()
-        elif chunk not in giver.task.leases or giver.is_liar or len(waiting) >= enough:
-            world.after(self._latency, self._ended, True)
+        back = world.latency(self._taker, giver)
+        if not giver.alive:
+            world.after(SILENT_S, self._ended, False)
+        elif giver.content.has(chunk) and not giver.is_liar:  # an ordinary request
+            if giver.uploads >= world.setting.uploads:
+                world.after(back, self._ended, True)
+            else:
+                giver.uploads += 1
+                self._takes_slot = True
+                self._begin(NOBODY)
+        elif giver.is_liar or len(giver.followers.get(chunk, ())) >= giver.most_followers:
+            world.after(back, self._ended, True)
         else:
             giver.followers.setdefault(chunk, []).append(self)
-            world.after(LEASE_S, self._late)
+            world.after(back, self._began)
+            if chunk in giver.incoming:
+                self._begin(giver.incoming[chunk])
+            elif not giver.is_coming(chunk):
+                world.after(GRACE_S, self._after_grace)
 
-    def begin(self) -> None:
-        """It is there: it is sent."""
-        giver, world = self._giver, self._taker.world
+    def _after_grace(self) -> None:
+        assert self._giver is not None
+        if not self._giver.is_coming(self._run.first):
+            self.given_up()
+
+    def _began(self) -> None:
+        taker = self._taker
+        if taker.alive and self._state != OVER:
+            taker.perform(taker.core.follow_began(taker.task.task, self._run))
+
+    def supplied(self, transfer: int) -> None:
+        """The giver gets it by a transfer (NOBODY: has it): it is passed on."""
+        if self._state == ASKED:
+            self._begin(transfer)
+        elif self._state == SENDING:
+            self._taker.world.links.put_behind(self._transfer, transfer)
+
+    def _begin(self, behind: int) -> None:
+        taker, giver = self._taker, self._giver
         assert giver is not None
-        if giver.alive:
-            world.transfer(giver, self._taker, self._run.size, self._came)
-        else:
-            world.after(SILENT_S, self._ended, False)
+        self._state = SENDING
+        self._transfer = taker.world.transfer(giver, taker, self._run.size, self._came, behind)
+        taker.supply(self._run.first, self._transfer)
+
+    @property
+    def chunk(self) -> int:
+        """What is followed."""
+        return self._run.first
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether it comes."""
+        return self._state == SENDING and self._giver is not None and self._giver.alive
+
+    def given_up(self) -> None:
+        """It does not come any more there, or that node is gone."""
+        self._ended(False)
+
+    def taker_died(self) -> None:
+        """Nobody takes it any more."""
+        self._close()
+
+    def _close(self) -> bool:
+        """End it, unless it has ended; return whether it had not."""
+        if self._state == OVER:
+            return False
+        taker, giver, chunk = self._taker, self._giver, self._run.first
+        if giver is not None:
+            waiting = giver.followers.get(chunk)
+            if waiting and self in waiting:
+                waiting.remove(self)
+            giver.uploads -= self._takes_slot
+        if self._state == SENDING:
+            taker.world.links.stop(self._transfer)
+            if taker.incoming.get(chunk) == self._transfer:
+                del taker.incoming[chunk]
+        self._state = OVER
+        taker.exchanges.discard(self)
+        return True
+
+    def _ended(self, refused: bool) -> None:
+        if self._close() and self._taker.alive:
+            taker = self._taker
+            taker.perform(taker.core.follow_ended(taker.task.task, self._run, taker.world.now, refused=refused))
 
     def _came(self) -> None:
         taker, giver, chunk = self._taker, self._giver, self._run.first
         assert giver is not None
-        if not taker.alive:
+        if not self._close() or not taker.alive:
             return
         if not taker.content.has(chunk):
-            value = right_value(chunk) ^ (1 if giver.behaviour.corrupt else 0)
-            taker.take(giver, chunk, self._run.size, value)
-        self._ended(False)
-
-    def _late(self) -> None:
-        """It has been given up there."""
-        if self._run.first in self._taker.task.followed:
-            self._ended(False)
+            assert self.view is not None
+            self.view.standing.bytes_got += self._run.size
+            taker.take(giver, chunk, self._run.size, right_value(chunk))
+        taker.perform(taker.core.follow_ended(taker.task.task, self._run, taker.world.now, refused=False))

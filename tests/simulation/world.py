@@ -20,7 +20,7 @@ from p2p.upload import SLOTS, SMALL_SLOTS
 from scheduler.engine import Engine, Out
 
 from .content import SimContent
-from .links import NO_LINK, Links
+from .links import NO_LINK, NOBODY, Links
 from .node import Behaviour, SimNode
 from .pipeline import PREFETCHES, RESERVE, WORKERS
 from .serving import SILENT_S
@@ -207,11 +207,13 @@ class World:
     def latency(self, one: SimNode, other: SimNode) -> float:
         return self.setting.latency_s if one.zone == other.zone else self.setting.far_latency_s
 
-    def transfer(self, giver: SimNode, taker: SimNode, size: float, ended: Callable[[], None]) -> int:
+    def transfer(
+        self, giver: SimNode, taker: SimNode, size: float, ended: Callable[[], None], behind: int = NOBODY
+    ) -> int:
         far = giver.zone != taker.zone
         out = self._zone_out[giver.zone] if far else NO_LINK
         into = self._zone_in[taker.zone] if far else NO_LINK
-        return self.links.start((giver.up, taker.down, out, into), size, ended)
+        return self.links.start((giver.up, taker.down, out, into), size, ended, behind)
 
     def from_origin(self, node: SimNode, chunk: int, ended: Callable[[bool], None]) -> None:
         begin, end = self.setting.origin_away
@@ -225,7 +227,11 @@ class World:
             self.origin_bytes += size
             ended(True)
 
-        self.after(2 * self.setting.far_latency_s, self.links.start, links, size, came)
+        def begin() -> None:
+            if node.alive:
+                node.supply(chunk, self.links.start(links, size, came))
+
+        self.after(2 * self.setting.far_latency_s, begin)
 
     # ---- scheduler -----------------------------------------------------------------------------------------------
 
