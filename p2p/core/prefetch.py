@@ -63,8 +63,10 @@ class Prefetch:
 
     def changed(self, chunk: int) -> None:
         """The number of copies of a chunk among neighbours has changed."""
-        self._is_stale = True
-        if not self._taken[chunk]:
+        if self._taken[chunk]:
+            self._blind.discard(chunk)
+        else:
+            self._is_stale = True
             self._barren_until = 0.0
 
     def landed(self, chunk: int) -> None:
@@ -73,6 +75,8 @@ class Prefetch:
 
     def choose(self, now: float) -> list[int] | None:
         """Take the next batch, None if there is nothing that could be had now."""
+        if now < self._barren_until and len(self._blind) >= BLIND:
+            return None
         if self._is_stale:
             self._look()
         first = -1
@@ -96,8 +100,6 @@ class Prefetch:
         copies, taken = int.from_bytes(self._task.copies, "little"), int.from_bytes(self._taken, "little")
         self._rank = bytearray((copies | taken).to_bytes(size, "little"))
         self._is_stale = False
-        if self._blind:
-            self._blind = {chunk for chunk in self._blind if not self._task.copies[chunk]}
 
     def _rarest_of_soonest(self, now: float) -> int:
         wanted = int.from_bytes(self._rank.translate(_NEAR), "little")

@@ -69,7 +69,7 @@ class Mesh:
                 done.append(node.name)
             elif news is None:
                 assert coming is not None
-                node.core.is_fetching(view, *coming)
+                node.perform(node.core.is_getting(node.task, view, *coming))
                 if node.pipeline.room > 0:
                     node.pipeline.prefetch()
             elif len(news) > 1 or not view.have[news[0]]:
@@ -106,7 +106,7 @@ class Mesh:
         other.mesh._listeners[node.name] = (node, view)
         other.mesh._near = None
         have = list(range(node.content.count)) if other.is_liar else other.content.held()
-        coming = set(other.task.leases), dict(other.task.relayed)
+        coming = set(other.task.leases), other.relayed
         self._world.after(self._world.latency(other, node), self._first_map, view, have, coming)
 
     def _first_map(self, view: NeighbourView, have: list[int], coming: Coming) -> None:
@@ -114,7 +114,7 @@ class Mesh:
         if node.alive and not node.content.complete and node.task.neighbours.get(view.id) is view:
             view.listening = True
             self.hear(view, have)
-            node.core.is_fetching(view, *coming)
+            node.perform(node.core.is_getting(node.task, view, *coming))
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
         """A neighbour has told what it has."""

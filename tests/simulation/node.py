@@ -63,6 +63,8 @@ class SimNode:
     peer_bytes: float = 0.0
     followers: dict[int, list[Follow]] = field(default_factory=dict)
     """Of units on their way here, to whom they are passed on."""
+    relayed: dict[int, int] = field(default_factory=dict)
+    """Of units that are followed here and that others may follow, how far from the registry this node is."""
     incoming: dict[int, int] = field(default_factory=dict)
     """Of units that may be passed on, the transfer by which they come."""
     exchanges: set[Request | Follow] = field(default_factory=set)
@@ -184,15 +186,15 @@ class SimNode:
 
     def is_coming(self, chunk: int) -> bool:
         """Tell whether a unit is being fetched or followed here."""
-        return chunk in self.task.leases or chunk in self.task.relayed
+        return chunk in self.task.leases or chunk in self.relayed
 
     @property
     def most_followers(self) -> int:
         """To how many a unit is passed on."""
-        return max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(self.task.leases) + len(self.task.relayed)))
+        return max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, len(self.task.leases) + len(self.relayed)))
 
     def _tell_coming(self) -> None:
-        self.mesh.show_coming(set(self.task.leases), dict(self.task.relayed))
+        self.mesh.show_coming(set(self.task.leases), self.relayed)
         for chunk in [chunk for chunk in self.followers if not self.is_coming(chunk)]:
             for follower in self.followers.pop(chunk):
                 follower.given_up()
@@ -219,7 +221,10 @@ class SimNode:
             elif isinstance(effect, what.FillGroup):
                 for chunk in effect.chunks:
                     self.pipeline.fill(chunk)
-            elif isinstance(effect, (what.ShowPending, what.ShowRelayed)):
+            elif isinstance(effect, what.ShowPending):
+                self._tell_coming()
+            elif isinstance(effect, what.ShowRelayed):
+                self.relayed = effect.depths
                 self._tell_coming()
             elif isinstance(effect, what.Follow):
                 Follow(self, effect.run).send()
