@@ -130,8 +130,8 @@ class Prefetch:
         return -1
 
     def _miscounted(self) -> int:
-        """Return one that nobody near has after all: a neighbour that has gone silent, or told its map twice, is still counted."""
-        near = [n.have for n in self._task.neighbours.values() if n.listening]
+        """Return one that nobody near has after all: a neighbour that has gone silent, told its map twice or is banned is still counted."""
+        near = [n.have for n in self._task.neighbours.values() if n.listening and not n.standing.banned]
         return next((first for first in islice(self._batches, _LOOKED_AT) if not any(have[first] for have in near)), -1)
 
     def _rarest(self, neighbour: NeighbourView) -> int:

@@ -69,6 +69,16 @@ def test_what_a_silent_neighbour_had_is_prefetched_from_elsewhere() -> None:
     assert plan.choose(0.0) is not None
 
 
+def test_what_only_liars_claim_is_prefetched_from_elsewhere() -> None:
+    peer, task, views = core(set(range(CHUNKS)), set(range(CHUNKS)))
+    plan = peer.prefetch(task, [[chunk] for chunk in range(CHUNKS)])
+    for view in views:
+        peer.was_corrupt(task, view)
+    chosen = plan.choose(0.0)
+    assert chosen is not None
+    assert peer.errand(task, chosen, urgent=False).steps(0.0).send(None) == Inquire(chosen)
+
+
 def test_a_lease_counts_when_its_answer_comes_and_a_revocation_behind_it_is_heeded() -> None:
     peer, task, _ = core()
     steps = peer.errand(task, [3], urgent=False).steps(0.0)

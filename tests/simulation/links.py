@@ -70,6 +70,11 @@ class Links:
         if self._ended.pop(transfer, None) is not None:
             self._stopped.add(transfer)
 
+    def remaining(self, transfer: int) -> float:
+        """Return the bytes of a transfer that have not come."""
+        at = int(np.searchsorted(self._ids, transfer))
+        return float(self._left[at]) if at < len(self._ids) and self._ids[at] == transfer else np.inf
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing is being transferred."""

@@ -120,8 +120,8 @@ class SimNode:
                     leases[chunk] = self.world.now
             if self.task.followed:  # a unit stands for many chunks here, too
                 waiting, until = self.task.waiting, self.world.now + FOLLOW_S
-                for exchange in self.exchanges:
-                    if type(exchange) is Follow and exchange.is_moving and exchange.chunk in waiting:
+                for exchange in [e for e in self.exchanges if type(e) is Follow]:
+                    if exchange.look() and exchange.chunk in waiting:
                         waiting[exchange.chunk] = until
             effects = self.core.tick(self.world.now)
             if effects:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from p2p.core.errand import FOLLOW_S
 from p2p.core.task import NeighbourView
 from p2p.neighbour import STALL_S
 from p2p.selection import Run
@@ -117,7 +118,7 @@ class Request:
 class Follow:
     """Follow a unit that another node is getting: what has come of it there is sent on, as its chunks are in the daemon."""
 
-    __slots__ = ("_giver", "_run", "_state", "_taker", "_takes_slot", "_transfer", "view")
+    __slots__ = ("_giver", "_moved_at", "_remaining", "_run", "_state", "_taker", "_takes_slot", "_transfer", "view")
 
     def __init__(self, taker: SimNode, run: Run) -> None:
         self._taker = taker
@@ -126,6 +127,8 @@ class Follow:
         self._state = ASKED
         self._takes_slot = False
         self._transfer = 0
+        self._remaining = float(run.size)
+        self._moved_at = taker.world.now
         self.view = taker.task.neighbours.get(run.peer)
 
     def send(self) -> None:
@@ -191,10 +194,18 @@ class Follow:
         """What is followed."""
         return self._run.first
 
-    @property
-    def is_moving(self) -> bool:
-        """Whether it comes."""
-        return self._state == SENDING and self._giver is not None and self._giver.alive
+    def look(self) -> bool:
+        """Tell whether more has come since the last look; if nothing has for too long, give up."""
+        now, links = self._taker.world.now, self._taker.world.links
+        before = self._remaining
+        if self._state == SENDING:
+            self._remaining = min(before, links.remaining(self._transfer))
+        if self._remaining < before:
+            self._moved_at = now
+            return True
+        if now > self._moved_at + FOLLOW_S:
+            self.given_up()
+        return False
 
     def given_up(self) -> None:
         """It does not come any more there, or that node is gone."""
