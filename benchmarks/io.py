@@ -5,7 +5,7 @@ baseline in turn; medians of at least five rounds. Baselines: the same bytes on 
 read by the same pattern of cli/patterns.py; for cold loads, fetching and decoding the same blobs without a mount (cold_read.py).
 "Cold" drops the pages of the mount's files, of the cache's data files and of the local copy, by posix_fadvise after a sync; the host
 below may have a cache of its own. Cold loads have the memory that they fill at hand (`ballast.py`), and so have their baselines.
-What 10,000 files cost is asked by metadata.py.
+What 10,000 files cost is asked by metadata.py; `names` runs it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from cli.patterns import Piece, drop, faults, load_tensors, parallel, sequential
 from tests.support.models import cast_file, published_model
 from tests.support.processes import Node
 
+from . import metadata
 from .ballast import Ballast
 from .measure import Row, commit, files_below, interleave, machine, median, rate, settle, spread, table, timed
 from .setting import Setting
 
 _MODES = ("auto", "erofs", "lazy", "fuse", "kernel")
+_PARTS = ("present", "names", "cold", "storm")
 _STORM_PROCESSES = 8
 _TARGET = {"kernel": 0.9, "erofs": 0.95}
 """Page cache cold, by mode; 0.6 where a process of ours is in the path."""
@@ -304,11 +306,11 @@ def main() -> int:
     """Run; return 0 when everything ran, whether or not targets are met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.io", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="less data")
-    parser.add_argument("--only", nargs="+", choices=("present", "cold", "storm"), default=("present", "cold", "storm"))
+    parser.add_argument("--only", nargs="+", choices=_PARTS, default=_PARTS)
     parser.add_argument("--dir", type=Path, help="work on this disk (default: the temporary directory)")
     arguments = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {commit()}", machine(), sep="\n", flush=True)
-    parts = {"present": present_rows, "cold": cold_rows, "storm": storm_rows}
+    parts = {"present": present_rows, "names": metadata.run, "cold": cold_rows, "storm": storm_rows}
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-bench-", dir=arguments.dir))

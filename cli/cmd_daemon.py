@@ -11,6 +11,7 @@ from rafsfs.daemon.launch import connect
 from rafsfs.daemon.server import DaemonSettings, MirrorSettings, run_daemon
 from rafsfs.errors import DaemonError
 from rafsfs.fetch.source import FetchSettings
+from rafsfs.net.descriptors import allow_many_descriptors
 
 from .options import (
     SizeType,
@@ -125,6 +126,7 @@ def command(
         run_async(_stop, cache_dir, unmount)
         return
     logs.configure(log_level)
+    allow_many_descriptors()
     fetch = FetchSettings(connections=connections, buffer_bytes=buffer_size, readahead_bytes=readahead)
     swarm = take_swarm_options(options)
     settings = DaemonSettings(

@@ -121,7 +121,7 @@ async def _ask(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_beat, frames)
             with progress_bar("preheating", enabled=bar) as progress:
-                async for body in frames:
+                while (body := await frames.receive()) is not None:
                     message = decode_from_scheduler(body)
                     if isinstance(message, Welcome | Ping):
                         continue

@@ -12,7 +12,8 @@ import click
 import trio
 
 from rafsfs import logs
-from scheduler.server import Scheduler, SchedulerSettings
+from rafsfs.net.descriptors import allow_many_descriptors
+from scheduler.server import CONNECTIONS, Scheduler, SchedulerSettings
 
 from .options import option
 from .run import run_async
@@ -51,6 +52,7 @@ def command(listen: str, admin: str, swarm_token_file: str | None, log_level: st
     Example: rafs scheduler --listen 0.0.0.0:7946 --admin 127.0.0.1:7947
     """
     logs.configure(log_level)
+    allow_many_descriptors(CONNECTIONS)
     host, port = split_address(listen, "--listen")
     admin_host, admin_port = split_address(admin, "--admin") if admin else ("127.0.0.1", None)
     settings = SchedulerSettings(

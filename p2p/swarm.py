@@ -4,10 +4,11 @@ Implements `rafsfs.interfaces.Swarm`, which the fetch pipeline asks. Decided her
 long a neighbour that does not answer is tried. docs/protocol/swarm.md.
 
 Concurrency: one trio run, all state changes between checkpoints, no locks. Tasks in the nursery of `run`: the upload server, one per
-scheduler, one per neighbour and task that listens to its have-map, one per group that is followed, the keepers, the tick. `obtain` runs in
-tasks of the fetcher and does what the steps of an errand say. What the core decides is performed at once, in `_perform`, which has no
-checkpoint. A chunk that waits for a neighbour is given back through `requeue`, when it is at a neighbour or its time has come; the tick
-sees to the latter, so nothing waits for ever. Cancelled, `obtain` leaves leases as they are: the tick lets those without progress run out.
+scheduler, one that sees to renewed certificates, one per neighbour and task that listens to its have-map, one per group that is followed,
+the keepers, the tick. `obtain` runs in tasks of the fetcher and does what the steps of an errand say. What the core decides is performed at
+once, in `_perform`, which has no checkpoint. A chunk that waits for a neighbour is given back through `requeue`, when it is at a neighbour
+or its time has come; the tick sees to the latter, so nothing waits for ever. Cancelled, `obtain` leaves leases as they are: the tick lets
+those without progress run out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rafsfs.interfaces import Obtained
 from rafsfs.metrics import Values
 from rafsfs.net.http1 import HttpPool
 from rafsfs.net.http_server import HttpServer
-from rafsfs.net.mutual_tls import MutualTls
+from rafsfs.net.mutual_tls import MutualTls, follow_files
 from rafsfs.net.origin import Origin
 from rafsfs.store.cache import Cache
 from rafsfs.store.data_space import DataSpace
@@ -174,6 +175,8 @@ class SwarmPeer:
             )
             context = tls.by_name if tls is not None else None
             self._links = Links(hello, self._received, self._answered, self._connected, self._lost, context)
+            if tls is not None:
+                self._nursery.start_soon(follow_files, tls)
             _log.info("peer started: id=%s port=%d kind=%s", self.core.id, self.port, kind.name)
             self._started.set()
         await self._started.wait()
@@ -207,6 +210,13 @@ class SwarmPeer:
         for (task_id, _), neighbour in list(self._neighbours.items()):
             if task_id == space_id:
                 neighbour.scope.cancel()
+
+    def lost(self, space_id: bytes, chunks: Iterable[int]) -> None:
+        """Chunks that were here are not what they should be: nobody is to ask for them. No checkpoint."""
+        effects = self.core.lost_chunks(space_id, chunks)
+        if effects:
+            self._uploads.end_have_maps(space_id)
+        self._perform(effects)
 
     async def obtain(
         self, space: DataSpace, chunks: list[int], *, urgent: bool, landed: Callable[[int, str], None]

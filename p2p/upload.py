@@ -99,6 +99,10 @@ class Uploads:
         """End the have-maps of a data space that is no longer offered. No checkpoint."""
         self._relayed.pop(space_id, None)
         self._shown_pending.pop(space_id, None)
+        self.end_have_maps(space_id)
+
+    def end_have_maps(self, space_id: bytes) -> None:
+        """End the have-maps of a data space: who listens asks again, and is told the whole map anew. No checkpoint."""
         for subscriber in self._subscribers.get(space_id, ()):
             subscriber.end()
 

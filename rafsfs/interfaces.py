@@ -223,6 +223,9 @@ class Swarm(Protocol):
     def leave(self, space_id: bytes) -> None:
         """Take part in it no longer."""
 
+    def lost(self, space_id: bytes, chunks: Iterable[int]) -> None:
+        """Say that chunks that were present turned out wrong and are so no longer."""
+
     async def obtain(
         self, space: DataSpace, chunks: list[int], *, urgent: bool, landed: Callable[[int, str], None]
     ) -> Obtained:

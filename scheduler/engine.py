@@ -45,6 +45,7 @@ from p2p.protocol.messages import (
     Verdict,
 )
 
+from .address import usable_address
 from .pins import PinTable
 from .state import Member, PeerState, PreheatState, TaskState
 from .weights import Place, score
@@ -143,7 +144,8 @@ class Engine:
     def connect(self, hello: Hello, host: str, now: float) -> Out:
         """A program has connected. An older connection of the same id is taken to be dead."""
         self.disconnect(hello.id, now)
-        contact = Contact(hello.id, hello.address or host, hello.port, hello.kind)
+        address = hello.address if usable_address(hello.address, host) else host
+        contact = Contact(hello.id, address, hello.port, hello.kind)
         self.peers[hello.id] = PeerState(contact, Place(hello.zone, hello.rack), now, host=host)
         self._seen[hello.id] = None
         if hello.kind is Kind.SEED:

@@ -49,8 +49,9 @@ from rafsfs.errors import FormatError, RafsError, UnavailableError
 from rafsfs.metrics import CONTENT_TYPE, Values, render
 from rafsfs.net.http_server import Answer as Page
 from rafsfs.net.http_server import HttpServer, Request
-from rafsfs.net.mutual_tls import MutualTls
+from rafsfs.net.mutual_tls import MutualTls, follow_files
 
+from .address import usable_address
 from .engine import Engine, Out
 from .metrics import SCHEDULER
 
@@ -126,6 +127,8 @@ class Scheduler:
                 )
             nursery.start_soon(trio.serve_listeners, self._connection, listeners)
             nursery.start_soon(self._tick)
+            if self._settings.tls is not None:
+                nursery.start_soon(follow_files, self._settings.tls)
             ready(port, admin)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
@@ -205,6 +208,12 @@ class Scheduler:
                 _log.warning("peer refused: host=%s says the id of another that is connected: id=%s", host, hello.id)
                 return
             older.cancel()
+        if hello.address and not usable_address(hello.address, host):
+            self.refused["address"] += 1
+            _log.warning(
+                "peer says an address that is not passed on: id=%s said=%.100r, taken instead: %s; see --peer-address",
+                hello.id, hello.address, host,
+            )  # fmt: skip
         send, receive = trio.open_memory_channel[FromScheduler](_QUEUE)
         async with trio.open_nursery() as nursery:
             self._scopes[hello.id] = nursery.cancel_scope
@@ -216,7 +225,7 @@ class Scheduler:
                 await frames.send(encode(Welcome(VERSION, HEARTBEAT_S)))
                 nursery.start_soon(_write, frames, receive)
                 due = trio.current_time()
-                async for body in frames:
+                while (body := await frames.receive()) is not None:
                     weight = 1 + len(body) // _HEAVY
                     due = max(due, trio.current_time() - _BURST / MESSAGES_PER_S) + weight / MESSAGES_PER_S
                     if due > trio.current_time():

@@ -56,6 +56,8 @@ MOST_SLOT_S: Final = 20.0
 MOST_DOUBLINGS: Final = 4
 MOST_NEIGHBOURS: Final = 256
 """In one task, whoever introduces them: each takes a byte per chunk and a connection. A scheduler stops at about a tenth."""
+MOST_STANDINGS: Final = 4096
+"""Nodes of which it is remembered how they served: about 300 bytes each."""
 _ASKED_BEFORE_S: Final = 3600.0
 """A chunk that has waited once stays in `waiting` with a time this far away: the next time the scheduler is asked."""
 
@@ -155,6 +157,16 @@ class PeerCore:
             return []
         return [*self._tell_news(task), ShowPending(task_id, list(task.leases))]
 
+    def lost_chunks(self, task_id: bytes, chunks: Iterable[int]) -> Effects:
+        """Chunks that were here are here no longer: the scheduler, whose knowledge only grows, is told anew of all that is."""
+        task = self.tasks.get(task_id)
+        groups = {task.content.group(chunk) for chunk in chunks} & task.finished if task is not None else set()
+        if task is None or not groups:
+            return []
+        task.finished -= groups
+        scheduler, effects = task.joined, self._tell_news(task)
+        return [*effects, Send(task_id, Leave(task_id)), *self.join(task, scheduler)] if scheduler else []
+
     def gave_up(self, task_id: bytes, chunks: Iterable[int], cause: str) -> Effects:
         """The registry did not give these: their leases go back."""
         task = self.tasks.get(task_id)
@@ -185,9 +197,22 @@ class PeerCore:
         if contact.id in task.neighbours or len(task.neighbours) >= MOST_NEIGHBOURS:
             return []
         if standing is None or standing.contact != contact:
+            self._forget_some()
             standing = self.standings[contact.id] = Standing(contact)
         view = task.neighbours[contact.id] = NeighbourView(standing, bytearray(task.content.count))
         return [Listen(task.task, view)]
+
+    def _forget_some(self) -> None:
+        """Keep what is known of nodes bounded: a node has a new id whenever it starts, and a daemon lives for months. Those go that are
+        nobody's neighbour here, who have been met first; those that sent a wrong chunk last of all.
+        """
+        if len(self.standings) < MOST_STANDINGS:
+            return
+        near = {peer for task in self.tasks.values() for peer in task.neighbours}
+        strangers = [peer for peer in self.standings if peer not in near]
+        strangers.sort(key=lambda peer: self.standings[peer].banned)
+        for peer in strangers[: max(1, MOST_STANDINGS // 8)]:
+            del self.standings[peer]
 
     def tells_anew(self, task: PeerTask, view: NeighbourView) -> None:
         """A neighbour is about to tell its whole have-map: what it told before counts no longer."""

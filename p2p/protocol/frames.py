@@ -6,8 +6,6 @@ unusable, and closes it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import trio
 
 from rafsfs.errors import FormatError, UnavailableError
@@ -49,10 +47,6 @@ class FrameStream:
         body = bytes(self._buffer[4 : 4 + length])
         del self._buffer[: 4 + length]
         return body
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while (body := await self.receive()) is not None:
-            yield body
 
     async def _fill(self, length: int) -> bool:
         while len(self._buffer) < length:

@@ -19,12 +19,19 @@ from .web_files import WebFiles
 
 
 class CacheCalls:
-    """The calls. `mounted` returns the digests of the images that are mounted."""
+    """The calls. `mounted` returns the digests of the images that are mounted; `lost` is told which chunks of a space were wrong."""
 
     def __init__(
-        self, cache: Cache, images: OpenImages, evictor: Evictor, mounted: Callable[[], set[str]], files: WebFiles
+        self,
+        cache: Cache,
+        images: OpenImages,
+        evictor: Evictor,
+        mounted: Callable[[], set[str]],
+        files: WebFiles,
+        lost: Callable[[bytes, list[int]], None],
     ) -> None:
         self._files = files
+        self._lost = lost
         self._cache = cache
         self._images = images
         self._evictor = evictor
@@ -120,15 +127,17 @@ class CacheCalls:
                 space = self._cache.opened_space(summary.space_id)
                 if space is None:
                     continue
+                wrong: list[int] = []
                 present = [index for index in range(space.table.count) if space.is_present(index)]
                 for start in range(0, len(present), 16):
                     batch = present[start : start + 16]
                     good = await trio.to_thread.run_sync(_verify_chunks, space, batch)
-                    bad += [
-                        {"space": space.space_id.hex(), "chunk": i} for i, ok in zip(batch, good, strict=True) if not ok
-                    ]
+                    wrong += [index for index, ok in zip(batch, good, strict=True) if not ok]
                     checked += len(batch)
                     progress({"checked": checked})
+                if wrong:
+                    self._lost(space.space_id, wrong)
+                bad += [{"space": space.space_id.hex(), "chunk": index} for index in wrong]
             finally:
                 self._cache.release([summary.space_id], is_use=False)
         return {"checked": checked, "bad": bad}

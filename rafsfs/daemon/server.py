@@ -143,7 +143,9 @@ class Daemon:
         """Data spaces of mounts that were there when the daemon started and have not been taken over yet."""
         self.web_files = WebFiles(cache, fetcher, evictor, swarm)
         self._get_calls = GetCalls(self.web_files, self._images, fetcher, evictor, self._open)
-        self._cache_calls = CacheCalls(cache, self._images, evictor, self._mounted_digests, self.web_files)
+        self._cache_calls = CacheCalls(
+            cache, self._images, evictor, self._mounted_digests, self.web_files, self._lost_chunks
+        )
         self._prefetch_calls = PrefetchCalls(cache, fetcher)
         self._views: dict[str, View] = {}
         """Parts of images that mounts show, by the path of their bootstrap."""
@@ -629,6 +631,10 @@ class Daemon:
                 with suppress(UsageError):
                     found.append((image.digest, parse_reference(names[0])))
         return found
+
+    def _lost_chunks(self, space_id: bytes, chunks: list[int]) -> None:
+        if self._swarm is not None:
+            self._swarm.lost(space_id, chunks)
 
     def _mounted_digests(self) -> set[str]:
         return {mount.spec.digest for mount in self._mounts.values()} | set(self._recorded)

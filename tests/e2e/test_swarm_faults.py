@@ -140,6 +140,30 @@ def test_a_peer_with_rotten_data_is_found_out(swarm: Swarm, registry: Registry, 
     assert "wrong chunk" in honest.log()
 
 
+def test_what_verifying_finds_wrong_is_offered_no_more_and_fetched_again(
+    swarm: Swarm, registry: Registry, noise: Path
+) -> None:
+    ref = push(swarm.host, noise, registry)
+    rotten, other = swarm.node("rotten"), swarm.node("other")
+    (mounted,) = swarm.mount([rotten], ref)
+    read_all(noise, [mounted])
+    for data in (rotten.cache / "spaces").glob("*/data"):
+        with data.open("r+b") as file:
+            file.write(os.urandom(8 * MIB))
+    answer = rotten.run("cache", "verify", "--json")
+    assert answer.returncode == 12, answer
+    found = json.loads(answer.stdout)
+    assert 1 < len(found["bad"]) < found["checked"]
+    read_all(noise, swarm.mount([other], ref))
+    assert fetched([other])["peer_bytes"] >= size_of(other) - 16 * MIB
+    assert fetched([other]).get("origin_bytes", 0) <= 16 * MIB
+    assert [peer["banned"] for peer in other.json("status")["swarm"]["peers"].values()] == [False]
+    assert "wrong chunk" not in other.log()
+    again = rotten.mount(ref, "again", "--mode", "fuse")
+    read_all(noise, [again])
+    assert rotten.json("cache", "verify")["bad"] == []
+
+
 def test_three_come_late(swarm: Swarm, registry: Registry, noise: Path) -> None:
     with wire_to(registry.port, bytes_per_s=8e6) as wire:
         ref = push(swarm.host, noise, registry, wire.port)

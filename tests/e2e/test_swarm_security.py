@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import ssl
 import urllib.error
 import urllib.request
@@ -12,7 +14,7 @@ import pytest
 
 from tests.support.certificates import Authority
 from tests.support.processes import kill, wait_for
-from tests.support.registry import Registry
+from tests.support.registry import Registry, running_token_registry
 from tests.support.swarm import Swarm, fetched, push, read_all, size_of
 
 
@@ -69,3 +71,35 @@ def test_a_daemon_with_wrong_files_says_so_in_one_line(tmp_path: Path) -> None:
             assert result.returncode == 2, result
             assert result.stderr.startswith("rafs: ")
             assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_who_may_not_pull_an_image_gets_nothing_of_it_from_its_peers(tmp_path: Path, noise: Path) -> None:
+    with ExitStack() as stack:
+        registry = stack.enter_context(running_token_registry(tmp_path / "registry"))
+        swarm = Swarm(tmp_path, stack)
+        login = base64.b64encode(f"{registry.username}:{registry.password}".encode()).decode()
+        member, stranger = swarm.node("member"), swarm.node("stranger")
+        for node in (swarm.host, member):
+            (node.home / ".docker").mkdir()
+            (node.home / ".docker" / "config.json").write_text(
+                json.dumps({"auths": {registry.address: {"auth": login}}})
+            )
+        ref = push(swarm.host, noise, registry, name="private")
+        read_all(noise, swarm.mount([member], ref))
+        (stranger.home / "mnt").mkdir()
+        refused = stranger.run("mount", ref, stranger.home / "mnt", "--scheduler", swarm.address)
+        assert refused.returncode == 22, refused
+        digest = member.json("status")["mounts"][0]["digest"]
+        pinned = f"{ref.rpartition(':')[0]}@{digest}"
+        assert stranger.run("mount", pinned, stranger.home / "mnt", "--scheduler", swarm.address).returncode == 22
+
+        status = member.json("status")["swarm"]
+        for task in status["tasks"]:  # it knows the name of the task, and where it is
+            for path in ("have/" + "0" * 32, "0-0/" + "0" * 32, "0-0/" + task[:32], "have/" + task[:32]):
+                with pytest.raises(urllib.error.HTTPError, match="404"):
+                    urllib.request.urlopen(f"http://127.0.0.1:{status['port']}/v1/{task}/{path}", timeout=10)
+        assert status["tasks"]
+        assert status["uploaded_bytes"] == 0
+        for node in (member, stranger):
+            assert registry.password not in node.log()
+            assert login not in node.log()

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from rafsfs.errors import RemoteError, UsageError
+from rafsfs.net import mutual_tls
 from rafsfs.net.http1 import HttpPool
 from rafsfs.net.http_server import Answer, HttpServer, Request
 from rafsfs.net.mutual_tls import MutualTls, load_mutual_tls, names_of
@@ -176,4 +177,46 @@ async def test_bodies_come_whole_whatever_the_pieces_they_are_read_in(authority:
                         await response.readinto(buffer[start : start + piece])
                 assert buffer == body
             pool.close()
+            nursery.cancel_scope.cancel()
+
+
+def _put(files: dict[str, str], others: dict[str, str]) -> None:
+    """Put other files in the place of some, as whoever renews certificates does."""
+    for name, path in files.items():
+        Path(f"{path}.new").write_bytes(Path(others[name]).read_bytes())
+        Path(f"{path}.new").chmod(0o600)
+        Path(f"{path}.new").rename(path)
+
+
+@pytest.mark.logs_warnings
+async def test_renewed_files_are_used_without_a_restart_and_wrong_ones_are_not(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mutual_tls, "_LOOK_S", 0.02)
+    caplog.set_level("INFO")
+    old, new = Authority(tmp_path / "old"), Authority(tmp_path / "new")
+    files, theirs = old.issue("node"), new.issue("client")
+    node, client = load(files), load(theirs)
+    with pytest.raises(RemoteError):
+        await ask(node.server, client.peers)
+
+    async def until_said(text: str, times: int) -> None:
+        while sum(text in record.getMessage() for record in caplog.records) < times:
+            await trio.sleep(0.01)
+
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mutual_tls.follow_files, node)
+            await trio.sleep(0.05)
+            key = Path(files["RAFS_SWARM_KEY"])
+            _put({"RAFS_SWARM_KEY": str(key)}, new.issue("other"))
+            await until_said("not renewed", 1)
+            assert "key values mismatch" in caplog.text
+            assert "/proc/" not in caplog.text
+            _put({"RAFS_SWARM_CERT": files["RAFS_SWARM_CERT"]}, authority.issue("third"))
+            await until_said("not renewed", 2)
+            renewed = new.issue("renewed")
+            _put(files, renewed)
+            await until_said("swarm renewed", 1)
+            assert await ask(node.server, client.peers) == 200
             nursery.cancel_scope.cancel()

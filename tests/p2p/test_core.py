@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import p2p.core.peer as peer_module
 from p2p.core.effects import Follow, Requeue, Send, ShowRelayed
 from p2p.core.errand import FOLLOW_S, WAIT_S, Inquire, Perform, Reply, Take
 from p2p.core.peer import FAULTS, PeerCore
 from p2p.core.prefetch import BLIND
 from p2p.core.task import NeighbourView, PeerTask
-from p2p.protocol.messages import Complaint, Contact, Report, Ruling, Verdict
-from tests.simulation.content import SimContent
+from p2p.protocol.groups import pack_bits
+from p2p.protocol.messages import Complaint, Contact, Join, Leave, Report, Ruling, Verdict
+from tests.simulation.content import SimContent, right_value
 
 TASK = b"t" * 32
 CHUNKS = 12
@@ -197,3 +199,41 @@ def test_what_is_leased_is_not_waited_for_from_whom_it_was_followed() -> None:
     assert ShowRelayed(TASK, {}) in effects
     assert not task.followed
     assert 3 not in task.waiting
+
+
+@given(st.sets(st.integers(0, CHUNKS - 1)), st.sets(st.integers(0, CHUNKS - 1)))
+def test_the_scheduler_is_told_anew_when_chunks_turn_out_wrong(here: set[int], wrong: set[int]) -> None:
+    peer, task, _ = core()
+    assert isinstance(task.content, SimContent)
+    peer.join(task, "scheduler")
+    for chunk in here:
+        task.content.store(chunk, right_value(chunk))
+        peer.landed(TASK, chunk, 0.0)
+    for chunk in here & wrong:
+        task.content.values[chunk] = None
+    effects = peer.lost_chunks(TASK, wrong)
+    said = [effect.message for effect in effects if isinstance(effect, Send)]
+    if here & wrong:
+        assert said[-2:] == [Leave(TASK), Join(TASK, CHUNKS, "image", pack_bits(here - wrong, CHUNKS))]
+    else:
+        assert not said
+    for chunk in here & wrong:  # it comes again, and is announced again
+        task.content.store(chunk, right_value(chunk))
+        peer.landed(TASK, chunk, 1.0)
+    assert task.finished == here
+
+
+def test_what_is_remembered_of_other_nodes_is_bounded_and_liars_are_remembered_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peer_module, "MOST_STANDINGS", 16)
+    peer, task, views = core({0}, {1}, {2})
+    peer.was_corrupt(task, views[2])
+    peer.part(task, views[2], unreachable=False)
+    for number in range(100):
+        peer.meet(task, Contact(f"later{number}", "h", 1))
+        peer.part(task, task.neighbours[f"later{number}"], unreachable=False)
+    assert len(peer.standings) <= 16
+    assert {"n0", "n1", "n2", "later99"} <= peer.standings.keys()
+    peer.meet(task, Contact("n2", "h", 1))
+    assert "n2" not in task.neighbours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import trio
@@ -14,16 +15,21 @@ from p2p.protocol.frames import FrameStream
 from p2p.protocol.messages import (
     MAX_GROUPS,
     VERSION,
+    Ask,
     Hello,
     Join,
     Kind,
+    Leave,
     NodeProgress,
     Preheated,
     Welcome,
     decode_from_scheduler,
     encode,
 )
+from p2p.protocol.messages import Answer as Answer_
+from rafsfs.errors import UnavailableError
 from rafsfs.net.http_server import Answer, HttpServer, Request
+from scheduler.address import usable_address
 from scheduler.engine import GROUPS_PER_PEER, TASKS_PER_PEER, Engine
 from scheduler.server import Scheduler, SchedulerSettings
 
@@ -158,4 +164,66 @@ async def test_who_says_the_id_of_another_does_not_cut_it_off() -> None:
             assert running.refused["id"] == 2
             assert await hello("secret"), "it comes back before its old connection is known to be dead"
             assert running._scopes["victim"] is not first
+            await end(nursery)
+
+
+@pytest.mark.parametrize(
+    ("said", "seen", "usable"),
+    [
+        ("10.0.0.7", "10.0.0.1", True),
+        ("node-7.rack.example", "10.0.0.1", True),
+        ("fd00::7", "10.0.0.1", True),
+        ("127.0.0.1", "127.0.0.1", True),
+        ("localhost", "127.0.0.1", True),
+        ("127.0.0.1", "10.0.0.1", False),
+        ("LOCALHOST", "10.0.0.1", False),
+        ("::1", "10.0.0.1", False),
+        ("0.0.0.0", "10.0.0.1", False),
+        ("::", "10.0.0.1", False),
+        ("255.255.255.255", "10.0.0.1", False),
+        ("224.0.0.1", "10.0.0.1", False),
+        ("169.254.169.254", "10.0.0.1", False),
+        ("fe80::1%eth0", "10.0.0.1", False),
+        ("", "10.0.0.1", False),
+        ("a b", "10.0.0.1", False),
+        ("x/../y", "10.0.0.1", False),
+        ("host\r\nX: y", "10.0.0.1", False),
+        ("user@host", "10.0.0.1", False),
+        ("a." * 200 + "b", "10.0.0.1", False),
+    ],
+)
+def test_nobody_is_sent_to_an_address_that_stands_for_all_or_for_the_asker_himself(
+    said: str, seen: str, *, usable: bool
+) -> None:
+    assert usable_address(said, seen) is usable
+    engine = Engine(random.Random(1))
+    engine.connect(Hello(VERSION, "peer", 1, Kind.PEER, address=said), seen, 0.0)
+    assert engine.peers["peer"].contact.host == (said if usable else seen)
+
+
+async def test_a_flood_holds_up_whoever_sends_it_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MESSAGES_PER_S", 10)
+    monkeypatch.setattr(server, "_BURST", 20)
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            running, port = await scheduler_in(nursery)
+            flooder, other = await welcomed(port, "flooder"), await welcomed(port, "other")
+
+            async def flood() -> None:
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError, UnavailableError):
+                    for number in range(100_000):
+                        await flooder.send(encode(Leave(number.to_bytes(32, "big"))))
+
+            began = trio.current_time()
+            nursery.start_soon(flood)
+            while running.messages_in["leave"] < 20:
+                await trio.sleep(0.01)
+            await other.send(encode(Join(b"t" * 32, 4)))
+            await other.send(encode(Ask(1, b"t" * 32, [0])))
+            while True:
+                body = await other.receive()
+                assert body is not None
+                if isinstance(decode_from_scheduler(body), Answer_):
+                    break
+            assert running.messages_in["leave"] <= 22 + 10 * (trio.current_time() - began)
             await end(nursery)

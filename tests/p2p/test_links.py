@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ import trio
 import p2p.link as link_module
 from p2p.link import Link, Links, pick_family
 from p2p.protocol.messages import VERSION, Hello, Kind
+from p2p.swarm import SwarmSettings, open_swarm
+from rafsfs.store.cache import Cache
 from scheduler.server import Scheduler, SchedulerSettings
 from tests.support.registry import free_port
 
@@ -135,3 +139,42 @@ def test_who_says_many_addresses_is_not_believed_for_ever() -> None:
         len(pick_family([(socket.AF_INET, f"10.0.{n >> 8}.{n & 255}") for n in range(5000)]))
         == link_module.MOST_SCHEDULERS
     )
+
+
+@pytest.mark.io
+@pytest.mark.logs_warnings
+async def test_without_a_scheduler_only_few_read_the_registry_at_once(tmp_path: Path) -> None:
+    """Of a node. What of it a registry sees is the sum over all nodes: so many times two, whatever they prefetch."""
+    with trio.fail_after(LIMIT_S), contextlib.closing(Cache.open(str(tmp_path / "cache"))) as cache:
+        async with open_swarm(cache, SwarmSettings(host="127.0.0.1")) as peer, trio.open_nursery() as nursery:
+            inside: list[int] = []
+            most: list[int] = []
+
+            async def read(number: int) -> None:
+                async with peer.guard():
+                    inside.append(number)
+                    most.append(len(inside))
+                    await trio.sleep(0.01)
+                    inside.remove(number)
+
+            async with trio.open_nursery() as readers:
+                for number in range(12):
+                    readers.start_soon(read, number)
+            assert max(most) == 12, "no scheduler has been named: there is no swarm to be careful for"
+
+            port = free_port()
+            await peer.use(f"127.0.0.1:{port}")
+            most.clear()
+            async with trio.open_nursery() as readers:
+                for number in range(12):
+                    readers.start_soon(read, number)
+            assert (max(most), len(most)) == (2, 12)
+
+            await start(nursery, "127.0.0.1", port)
+            await until(lambda: peer.figures()["rafs_swarm_schedulers"] == {"up": 1, "down": 0})
+            most.clear()
+            async with trio.open_nursery() as readers:
+                for number in range(12):
+                    readers.start_soon(read, number)
+            assert max(most) == 12
+            nursery.cancel_scope.cancel()
