@@ -1,6 +1,7 @@
 """How long until the last of N nodes has read an image, with the swarm and without? `make bench-swarm`.
 
-Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mbit/s, each node at 400 Mbit/s, scheduler at 1 Gbit/s.
+Rig: network namespaces on one machine; the registry (docker-registry) at 200 Mbit/s, each node at 400 Mbit/s (--mbit),
+scheduler at 1 Gbit/s.
 Image: 256 MiB of noise in one file, so that what crosses a link is what is read. Each node has a daemon and a FUSE mount of its own,
 starts with
 nothing, and reads the file from its first byte to its last; clock from the first open to the last byte of the last node. Floor: one node
@@ -30,7 +31,7 @@ from tests.support.namespaces import Rig, running_rig
 from tests.support.processes import Node, output_within, running_node, wait_for
 from tests.support.registry import running_registry
 
-from .ballast import Ballast
+from .ballast import Ballast, rest
 from .measure import Row, commit, machine, median, spread, table
 
 _SIZE = 256 << 20
@@ -71,19 +72,26 @@ class Field:
     """The rig with its registry and scheduler."""
 
     def __init__(
-        self, directory: Path, rig: Rig, stack: contextlib.ExitStack, peers: int, seeds: int, mode: str
+        self,
+        directory: Path,
+        rig: Rig,
+        stack: contextlib.ExitStack,
+        peers: int,
+        seeds: int,
+        mode: str,
+        mbit: tuple[int, int] = (_ORIGIN_MBIT, _PEER_MBIT),
     ) -> None:
         self.directory = directory
         self.rig = rig
         self._mode = mode
         self._stack = stack
         self._count = 0
-        origin = rig.add("origin", _ORIGIN_MBIT)
+        origin = rig.add("origin", mbit[0])
         rig.add("scheduler", 1000)
         for number in range(peers):
-            rig.add(f"peer{number}", _PEER_MBIT)
+            rig.add(f"peer{number}", mbit[1])
         for number in range(seeds):
-            rig.add(f"seed{number}", _PEER_MBIT)
+            rig.add(f"seed{number}", mbit[1])
         self.ref = f"{origin}:5000/bench/noise:v1"
         self._publish()
 
@@ -222,6 +230,14 @@ def main() -> int:
         "--direct", type=int, nargs="*", help="N of the runs without a swarm, once each (default: as --peers)"
     )
     parser.add_argument("--mode", default="fuse", help="of the mounts (see rafs mount --help)")
+    parser.add_argument(
+        "--mbit",
+        type=int,
+        nargs=2,
+        default=(_ORIGIN_MBIT, _PEER_MBIT),
+        metavar=("ORIGIN", "NODE"),
+        help="rates of the links",
+    )
     arguments = parser.parse_args()
     direct = arguments.peers if arguments.direct is None else arguments.direct
     print(f"{commit()}; {machine()}", flush=True)
@@ -229,8 +245,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rafs-swarm-") as directory, contextlib.ExitStack() as stack:
         rig = stack.enter_context(running_rig())
         field = Field(
-            Path(directory), rig, stack, max([*arguments.peers, *direct, 1]), max(arguments.seeds), arguments.mode
+            Path(directory),
+            rig,
+            stack,
+            max([*arguments.peers, *direct, 1]),
+            max(arguments.seeds),
+            arguments.mode,
+            tuple(arguments.mbit),
         )
+        _say("taking what memory is free and not needed")
+        stack.enter_context(rest(_MEMORY * (max([*arguments.peers, *direct, 1]) + max(arguments.seeds))))
         floors: list[float] = []
         results: dict[tuple[int, int], list[Result]] = {}
         for number in range(arguments.rounds):

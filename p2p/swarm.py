@@ -433,7 +433,7 @@ class SwarmPeer:
 
         def came(_: Neighbour, fresh: list[int], told: HaveReader) -> None:
             if told.pending is not view.pending or told.relayed is not view.relayed:
-                self._perform(self.core.is_getting(task, view, told.pending, told.relayed))
+                self._perform(self.core.is_getting(task, view, told.pending, told.relayed, trio.current_time()))
             self._perform(self.core.heard(task, fresh))
             self._wake_plans()
 

@@ -8,6 +8,7 @@ of every complete group, once per membership.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -33,7 +34,7 @@ from ..protocol.messages import (
 from ..selection import Run
 from .effects import Effects, FillGroup, Listen, Requeue, Send, ShowPending, ShowRelayed
 from .errand import WAIT_S, Errand
-from .prefetch import Prefetch
+from .prefetch import BLIND, Prefetch
 from .task import Content, NeighbourView, PeerTask, Standing
 
 NEWS_S: Final = 0.5
@@ -58,6 +59,8 @@ MOST_NEIGHBOURS: Final = 256
 """In one task, whoever introduces them: each takes a byte per chunk and a connection. A scheduler stops at about a tenth."""
 MOST_STANDINGS: Final = 4096
 """Nodes of which it is remembered how they served: about 300 bytes each."""
+_SOUGHT: Final = 64
+"""Chunks that wait among which a node looks for its next lease, the first ones: a reader comes to them first."""
 _ASKED_BEFORE_S: Final = 3600.0
 """A chunk that has waited once stays in `waiting` with a time this far away: the next time the scheduler is asked."""
 
@@ -155,7 +158,28 @@ class PeerCore:
         task.news.append(group)
         if task.leases.pop(group, None) is None:
             return []
-        return [*self._tell_news(task), ShowPending(task_id, list(task.leases))]
+        return [*self._tell_news(task), ShowPending(task_id, list(task.leases)), *self._seek_leases(task, now)]
+
+    def _seek_leases(self, task: PeerTask, now: float) -> Effects:
+        """A lease has ended, so the registry has room: something that waits for nobody in particular is asked about at once, as long as
+        this node may have leases. Else all could wait for each other while the registry is idle. Which of the first of them: at random,
+        since others choose from the same.
+        """
+        room = BLIND - len(task.leases)
+        if room <= 0:
+            return []
+        first: dict[int, int] = {}
+        for chunk in heapq.nsmallest(_SOUGHT, task.waiting):
+            group = task.content.group(chunk)
+            if group in first or group in task.leases or chunk in task.followed or task.copies[chunk]:
+                continue
+            if task.parent_of(group, now) is None and not task.is_pending(group, now):
+                first[group] = chunk
+        effects: Effects = []
+        for group in self.rng.sample(list(first), min(room, len(first))):
+            task.waiting[first[group]] = now + _ASKED_BEFORE_S
+            effects.append(Requeue(task.task, first[group]))
+        return effects
 
     def lost_chunks(self, task_id: bytes, chunks: Iterable[int]) -> Effects:
         """Chunks that were here are here no longer: the scheduler, whose knowledge only grows, is told anew of all that is."""
@@ -273,16 +297,23 @@ class PeerCore:
                 effects.append(Requeue(task.task, chunk))
         return effects
 
-    def is_getting(self, task: PeerTask, view: NeighbourView, fetching: set[int], following: dict[int, int]) -> Effects:
-        """A neighbour has said which groups it is fetching from the registry, and which it is following, at what depth."""
+    def is_getting(
+        self, task: PeerTask, view: NeighbourView, fetching: set[int], following: dict[int, int], now: float
+    ) -> Effects:
+        """A neighbour has said which groups it is fetching from the registry, and which it is following, at what depth. If a lease of its
+        has ended, about one of its neighbours seeks one: the neighbour itself may need nothing more.
+        """
+        ended = len(view.pending - fetching)
         view.pending, view.relayed = fetching, following
+        seeks = ended and self.rng.random() * len(task.neighbours) < ended
         view.unfollowed &= fetching | following.keys()
         unshown = task.relays.unshown(view.id)
         for group in unshown:
             depth = view.depth(group)
             if depth is not None:
                 task.relays.show(view.id, group, depth)
-        return [ShowRelayed(task.task, task.relays.shown())] if unshown else []
+        effects: Effects = [ShowRelayed(task.task, task.relays.shown())] if unshown else []
+        return effects + self._seek_leases(task, now) if seeks else effects
 
     def silent(self, task: PeerTask) -> None:
         """Somebody is gone: what waits asks again at the next tick."""

@@ -150,7 +150,7 @@ def follow_of(peer: PeerCore, task: PeerTask, chunk: int, now: float = 0.0) -> l
 
 def test_what_a_neighbour_is_fetching_is_followed_and_news_of_it_change_nothing() -> None:
     peer, task, (near, other) = core(set(), set())
-    peer.is_getting(task, near, {3}, {})
+    peer.is_getting(task, near, {3}, {}, 0.0)
     assert [(f.run.peer, f.run.first, f.run.count) for f in follow_of(peer, task, 3)] == [(near.id, 3, 1)]
     other.have[3] = 1
     assert peer.heard(task, [3]) == [], "it is on its way: it is not asked for twice"
@@ -161,7 +161,7 @@ def test_what_a_neighbour_is_fetching_is_followed_and_news_of_it_change_nothing(
 
 def test_what_was_not_passed_on_is_had_otherwise_and_not_followed_there_again() -> None:
     peer, task, (near, _) = core(set(), set())
-    peer.is_getting(task, near, {3, 4}, {})
+    peer.is_getting(task, near, {3, 4}, {}, 0.0)
     (broken,) = follow_of(peer, task, 3)
     assert peer.follow_ended(TASK, broken.run, 1.0, refused=False) == [Requeue(TASK, 3)]
     assert follow_of(peer, task, 3, 1.0) == []
@@ -170,15 +170,15 @@ def test_what_was_not_passed_on_is_had_otherwise_and_not_followed_there_again() 
     assert 4 in task.waiting, "its news are waited for"
     near.have[4] = 1
     assert peer.heard(task, [4]) == [Requeue(TASK, 4)]
-    peer.is_getting(task, near, {5}, {})
+    peer.is_getting(task, near, {5}, {}, 0.0)
     assert near.unfollowed == set()
 
 
 def test_who_follows_is_followed_in_turn_and_whoever_fetches_comes_first() -> None:
     peer, task, (near, far, other) = core(set(), set(), set())
-    peer.is_getting(task, far, set(), {3: 1, 4: 2})
-    peer.is_getting(task, near, {3}, {})
-    peer.is_getting(task, other, set(), {4: 1})
+    peer.is_getting(task, far, set(), {3: 1, 4: 2}, 0.0)
+    peer.is_getting(task, near, {3}, {}, 0.0)
+    peer.is_getting(task, other, set(), {4: 1}, 0.0)
     (direct,) = follow_of(peer, task, 3)
     assert direct.run.peer == near.id
     assert peer.follow_began(TASK, direct.run) == [ShowRelayed(TASK, {3: 1})]
@@ -191,7 +191,7 @@ def test_who_follows_is_followed_in_turn_and_whoever_fetches_comes_first() -> No
 
 def test_what_is_leased_is_not_waited_for_from_whom_it_was_followed() -> None:
     peer, task, (near,) = core(set())
-    peer.is_getting(task, near, set(), {3: 1})
+    peer.is_getting(task, near, set(), {3: 1}, 0.0)
     (follow,) = follow_of(peer, task, 3)
     peer.follow_began(TASK, follow.run)
     effects = peer.answered(TASK, [Ruling(3, Verdict.LEASE)], 1.0)

@@ -111,7 +111,7 @@ class Swarm(RuleBasedStateMachine):
                 self.perform(peer, peer.core.part(peer.task, view, unreachable=True))
                 continue
             view.listening = True
-            self.perform(peer, peer.core.is_getting(peer.task, view, set(other.task.leases), other.shown))
+            self.perform(peer, peer.core.is_getting(peer.task, view, set(other.task.leases), other.shown, self.now))
             fresh = [chunk for chunk in other.content.held() if not view.have[chunk]]
             for chunk in fresh:
                 view.have[chunk] = 1

@@ -69,7 +69,7 @@ class Mesh:
                 done.append(node.name)
             elif news is None:
                 assert coming is not None
-                node.perform(node.core.is_getting(node.task, view, *coming))
+                node.perform(node.core.is_getting(node.task, view, *coming, node.world.now))
                 if node.pipeline.room > 0:
                     node.pipeline.prefetch()
             elif len(news) > 1 or not view.have[news[0]]:
@@ -114,7 +114,7 @@ class Mesh:
         if node.alive and not node.content.complete and node.task.neighbours.get(view.id) is view:
             view.listening = True
             self.hear(view, have)
-            node.perform(node.core.is_getting(node.task, view, *coming))
+            node.perform(node.core.is_getting(node.task, view, *coming, node.world.now))
 
     def hear(self, view: NeighbourView, chunks: list[int]) -> None:
         """A neighbour has told what it has."""
