@@ -237,3 +237,31 @@ def test_what_is_remembered_of_other_nodes_is_bounded_and_liars_are_remembered_l
     assert {"n0", "n1", "n2", "later99"} <= peer.standings.keys()
     peer.meet(task, Contact("n2", "h", 1))
     assert "n2" not in task.neighbours
+
+
+def test_who_ends_a_lease_asks_about_what_waits_for_nobody_and_not_about_what_is_coming() -> None:
+    peer, task, (near,) = core({5})
+    task.leases[0] = 0.0
+    peer.is_getting(task, near, {1}, {2: 1}, 0.0)
+    task.waiting.update({chunk: 3.0 for chunk in (1, 2, 3, 4, 5, 6)})
+    task.followed.add(3)
+    assert isinstance(task.content, SimContent)
+    task.content.store(0, right_value(0))
+    effects = peer.landed(TASK, 0, 1.0)
+    assert sorted(effect.chunk for effect in effects if isinstance(effect, Requeue)) == [4, 6]
+    assert min(task.waiting[4], task.waiting[6]) > 1000, "they are marked as having waited, so the scheduler is asked"
+    assert task.waiting[5] == 3.0
+
+
+def test_of_the_neighbours_of_one_whose_lease_ends_about_one_asks() -> None:
+    asked = 0
+    for seed in range(200):
+        peer, task, views = core(*(set() for _ in range(4)))
+        peer.rng.seed(seed)
+        peer.is_getting(task, views[0], {1}, {}, 0.0)
+        task.waiting[3] = 3.0
+        asked += bool(peer.is_getting(task, views[0], set(), {}, 0.0))
+    assert 20 < asked < 80
+    peer.is_getting(task, views[0], {1}, {}, 0.0)
+    task.leases |= {8: 0.0, 9: 0.0}
+    assert not any(peer.is_getting(task, views[0], set(), {}, 0.0) for _ in range(20)), "it has its leases"
