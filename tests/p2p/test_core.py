@@ -243,7 +243,7 @@ def test_who_ends_a_lease_asks_about_what_waits_for_nobody_and_not_about_what_is
     peer, task, (near,) = core({5})
     task.leases[0] = 0.0
     peer.is_getting(task, near, {1}, {2: 1}, 0.0)
-    task.waiting.update({chunk: 3.0 for chunk in (1, 2, 3, 4, 5, 6)})
+    task.waiting.update(dict.fromkeys((1, 2, 3, 4, 5, 6), 3.0))
     task.followed.add(3)
     assert isinstance(task.content, SimContent)
     task.content.store(0, right_value(0))
