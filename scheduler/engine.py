@@ -59,7 +59,8 @@ REST_S: Final = 2.0
 SILENT_S: Final = 20.0
 """A peer that has said nothing for this long is gone."""
 PEER_LEASES: Final = 2
-"""Leases of a task that one peer holds at once, unless a reader waits; a seed holds twice as many."""
+"""Leases of a task that one peer holds at once, unless a reader waits. A seed is ordered to fetch as many, so that its link is not what all
+wait for, and gets twice as many if it asks."""
 FEWEST_LEASES: Final = 8
 """Leases of a task out at once: at least this many, at most MOST_LEASES, and between them PACE times as many as have been finished in the
 last second or so. Few enough that what is fetched is soon whole and can be passed on (a registry divides its rate among all of them), many
@@ -380,7 +381,7 @@ class Engine:
         """Return the seed of the task with the fewest leases and room for one more, None if there is none or the asker is one."""
         if self.peers[peer].is_seed:
             return None
-        best, least = None, 2 * PEER_LEASES
+        best, least = None, PEER_LEASES
         for other in state.seeds:
             seed = state.members[other]
             if member.avoids(other, now) or seed.rests_until > now:
