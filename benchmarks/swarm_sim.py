@@ -61,7 +61,8 @@ def simulate(setting: Setting) -> tuple[list[Row], World]:
     return [
         Row(f"{what}: last peer", f"{last:.1f} s", f"lower bound {bound:.1f} s", last / bound, f"<= {target}",
             last / bound <= target and not world.unfinished,
-            f"median {sorted(ended)[len(ended) // 2]:.1f} s; {seconds:.0f} s of this machine{left}"),
+            f"of one node from its arrival: median {sorted(ended)[len(ended) // 2]:.1f} s, longest {max(ended):.1f} s; "
+            f"{seconds:.0f} s of this machine{left}"),
         Row(f"{what}: bytes from the registry", f"{world.origin_bytes / 1e9:.1f} GB", "the model", world.origin_bytes / setting.size,
             "<= 1.05", world.origin_bytes <= 1.05 * setting.size, f"{world.wrong} wrong units came and were refused"),
         Row(f"{what}: between zones", f"{zones / 1e9:.0f} GB", "all between peers", zones / total, "-", None, _zones(world)),
