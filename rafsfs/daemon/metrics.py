@@ -22,7 +22,9 @@ NODE: Final = (
     Series("rafs_chunks_failed", "counter", "Chunks given up, by class of error.", "cause"),
     Series("rafs_fetch_retries", "counter", "Attempts to fetch that failed and were repeated."),
     Series("rafs_fetch_corrupt", "counter", "Chunks from a registry that did not match their digest."),
-    Series("rafs_fetch_queue_chunks", "gauge", "Chunks that wait for a free worker: demand, prefetch.", "priority"),
+    Series(
+        "rafs_fetch_queue_chunks", "gauge", "Chunks that wait for a free worker: demand, leased, prefetch.", "priority"
+    ),
     Series("rafs_fetch_in_flight_chunks", "gauge", "Chunks being fetched."),
     Series("rafs_fetch_parked_chunks", "gauge", "Chunks that wait for their base, another node, or space on the disk."),
     Series("rafs_cache_present_bytes", "gauge", "Bytes of chunks in the cache."),

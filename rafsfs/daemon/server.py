@@ -464,7 +464,7 @@ class Daemon:
             "rafs_chunks_failed": self._fetcher.failed_chunks.copy(),
             "rafs_fetch_retries": counters["retries"],
             "rafs_fetch_corrupt": counters["corrupt"],
-            "rafs_fetch_queue_chunks": {name: depths[name] for name in ("demand", "prefetch")},
+            "rafs_fetch_queue_chunks": {name: depths[name] for name in ("demand", "leased", "prefetch")},
             "rafs_fetch_in_flight_chunks": depths["in_flight"],
             "rafs_fetch_parked_chunks": depths["parked"],
             "rafs_cache_present_bytes": self._evictor.held_bytes,

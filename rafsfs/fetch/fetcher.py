@@ -376,15 +376,11 @@ class Fetcher:
             self._swarm.landed(space_id, chunk)
 
     def _fill_group(self, space_id: bytes, chunks: list[int]) -> None:
-        """Fetch chunks that other nodes wait for, behind what is read here. No checkpoint."""
+        """Fetch chunks that other nodes wait for, behind what is read here, before what is read ahead. No checkpoint."""
         space = self._cache.opened_space(space_id)
         if space is not None:
             for chunk in space.missing(chunks):
-                flight = self._queue.find(space, chunk)
-                if flight is None:
-                    self._queue.start(space, chunk, None)
-                elif flight.is_aside:
-                    self._queue.unpark(flight)
+                self._queue.lease(space, chunk)
 
     async def _try_sources(self, flights: list[Flight]) -> RafsError:
         """Try every source for the flights that have not landed; return the last cause of failure."""

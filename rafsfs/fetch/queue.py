@@ -1,4 +1,4 @@
-"""The chunks on their way and the order in which they are taken: one flight per chunk, demand before prefetch.
+"""The chunks on their way and the order in which they are taken: one flight per chunk, by who waits for it.
 
 Rule: who joins a flight that others began has all of his own time. A flight is not given up before the last moment that any of those who
 joined it named, whenever it began.
@@ -21,10 +21,11 @@ from ..store.data_space import DataSpace
 
 
 class Priority(IntEnum):
-    """Who waits."""
+    """Who waits. What is leased comes before all prefetch: nobody else may fetch it, so the readers of all other nodes may wait for it."""
 
     DEMAND = 0
-    PREFETCH = 1
+    LEASED = 1
+    PREFETCH = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -67,11 +68,11 @@ class Flight:
 
 
 class FlightQueue:
-    """The single-flight table and its two queues."""
+    """The single-flight table and its queues, one per priority."""
 
     def __init__(self) -> None:
         self._flights: dict[tuple[bytes, int], Flight] = {}
-        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._queues: tuple[deque[Flight], ...] = tuple(deque() for _ in Priority)
         self._closed = False
         self.wake: trio.Event = trio.Event()
         """Set, and replaced, whenever something is queued."""
@@ -100,14 +101,29 @@ class FlightQueue:
             flight.sponsor = on_behalf
         return flight
 
-    def start(self, space: DataSpace, index: int, sponsor: Counter[str] | None) -> None:
-        """Start a flight that nobody waits for, unless the chunk has one."""
+    def start(
+        self, space: DataSpace, index: int, sponsor: Counter[str] | None, priority: Priority = Priority.PREFETCH
+    ) -> None:
+        """Start a flight that nobody here waits for, unless the chunk has one."""
         if self.find(space, index) is None and not self._closed:
-            flight = Flight(space, index, Priority.PREFETCH, trio.Event())
+            flight = Flight(space, index, priority, trio.Event())
             flight.waiters = 1  # wanted by the window itself, whoever reads there
             flight.sponsor = sponsor
             self._flights[flight.key] = flight
             self.enqueue(flight)
+
+    def lease(self, space: DataSpace, index: int) -> None:
+        """Have a chunk fetched for other nodes, before all prefetch: a flight that waits for them ends its wait. No checkpoint."""
+        flight = self.find(space, index)
+        if flight is None:
+            self.start(space, index, None, Priority.LEASED)
+            return
+        if flight.priority > Priority.LEASED:
+            self._hasten(flight, Priority.LEASED)
+        if not flight.waiters:
+            flight.waiters = 1  # whoever wanted it has gone; others count on it now
+        if flight.is_aside:
+            self.unpark(flight)
 
     def park(self, flight: Flight, base: Flight) -> None:
         """Take a flight out of its batch until `base`, which has one more waiter for it, has landed."""
@@ -142,7 +158,7 @@ class FlightQueue:
 
     def depths(self) -> dict[str, int]:
         """Return how many chunks are queued, by priority, in flight, and parked."""
-        found = {"demand": 0, "prefetch": 0, "in_flight": 0, "parked": 0}
+        found = {"demand": 0, "leased": 0, "prefetch": 0, "in_flight": 0, "parked": 0}
         for flight in self._flights.values():
             if flight.base is not None or flight.is_aside:
                 found["parked"] += 1
@@ -166,7 +182,7 @@ class FlightQueue:
         elif flight.is_aside:
             pass  # queued as what it is when it comes back
         elif not flight.started:
-            self._queues[Priority.DEMAND].append(flight)  # the entry in the other queue is skipped when met
+            self._queues[priority].append(flight)  # the entry in the other queue is skipped when met
             self._notify()
 
     def enqueue(self, flight: Flight) -> None:
@@ -181,7 +197,7 @@ class FlightQueue:
     def take(self, merge_bytes: int, *, demand_only: bool, grain: int = 0) -> list[Flight]:
         """Take the next flight and its queued neighbours, up to one merged read, which does not go beyond a multiple of `grain` bytes."""
         first: Flight | None = None
-        for queue in self._queues[: 1 if demand_only else 2]:
+        for queue in self._queues[: 1 if demand_only else None]:
             while queue and first is None:
                 candidate = queue.popleft()
                 if candidate.started or candidate.done.is_set():
