@@ -252,6 +252,10 @@ class SwarmPeer:
             self._perform(self.core.landed(space_id, chunk, trio.current_time()))
             self._wake_plans()
 
+    def hurry(self, space_id: bytes, chunks: Iterable[int]) -> None:
+        """A reader waits from now on for chunks that wait here: those that nobody is sending are given back. No checkpoint."""
+        self._perform(self.core.hurry(space_id, chunks, trio.current_time()))
+
     def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:
         """The registry did not give these: their leases go back. No checkpoint."""
         self._perform(self.core.gave_up(space_id, chunks, cause))

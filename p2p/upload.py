@@ -144,7 +144,7 @@ class Uploads:
         count = 0
         while first + count <= last and space.is_present(first + count):
             count += 1
-        if follow and first + count <= last:
+        if follow:
             return self._pass_on(space, first, last)
         if not count:
             return Answer(409, b"the chunk is not here\n")
@@ -170,10 +170,11 @@ class Uploads:
         return Answer(200, FileRange(fd, offset, end - offset, released), {"Rafs-Chunks": str(count)})
 
     def _pass_on(self, space: DataSpace, first: int, last: int) -> Answer:
-        """Answer with chunks that are here and others that are to come."""
-        coming = len(self._pending(space.space_id)) + len(self._relayed.get(space.space_id, ()))
+        """Answer with chunks that are here and others that are to come, if any are."""
         group = group_of(space.table.extent(first)[0])
         key = (space.space_id, group)
+        sent = {task_group for task, task_group in self._followers if task == space.space_id}
+        coming = len(sent.union(self._pending(space.space_id), self._relayed.get(space.space_id, ())))
         if group_of(space.table.extent(last)[0]) != group:
             return Answer(409, b"more than a group cannot be followed\n")
         if len(self._followers.get(key, ())) >= max(FEWEST_FOLLOWERS, FOLLOWERS // max(1, coming)):

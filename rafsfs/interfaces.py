@@ -234,6 +234,9 @@ class Swarm(Protocol):
     def landed(self, space_id: bytes, chunk: int) -> None:
         """Say that a chunk is present now, from wherever it came."""
 
+    def hurry(self, space_id: bytes, chunks: Iterable[int]) -> None:
+        """Say that a reader waits from now on for chunks that `obtain` said would be given back."""
+
     def gave_up(self, space_id: bytes, chunks: Iterable[int], cause: str) -> None:
         """Say that the registry did not give chunks that were ours to fetch."""
 

@@ -80,8 +80,9 @@ CROWDED: Final = 24
 """Neighbours in a task from which on a peer gets more only if it has asked PATIENCE times in vain, or a reader waits: the mesh brings a
 group that is being fetched to everybody, and the first holder has better things to do than to serve them all."""
 PATIENCE: Final = 3
-LATER_S: Final = 0.25
-"""How long who is told to come later, or to wait for nobody in particular, is told to wait at least."""
+LATER_S: Final = 1.0
+"""How long who is told to come later, or to wait for nobody in particular, is told to wait at least. What he asked for is remembered: he
+need not come again to get it."""
 ASKS_PER_S: Final = 1000
 """Questions per second of one task that are let come again: who must wait in a crowd of thousands is told to wait longer. What neighbours
 announce ends the wait earlier."""
@@ -161,9 +162,10 @@ class Engine:
         self._seen.pop(peer, None)
         self._seeds.discard(peer)
         self._accused.discard(peer)
+        out: Out = []
         for task in list(state.tasks):
-            self._remove(task, peer)
-        out: Out = self.pins.gone(peer, now)
+            out += self._remove(task, peer, now)
+        out += self.pins.gone(peer, now)
         for number, preheat in list(self.preheats.items()):
             if preheat.tool == peer:
                 del self.preheats[number]
@@ -203,6 +205,8 @@ class Engine:
             self.tasks[task].members[peer].rests_until = now + REST_S
             self._note_failure(peer, now)
             out.append((peer, Revoke(task, groups)))
+        for task in {task for task, _ in late}:
+            out += self._grant(self.tasks[task], now)
         silent = []
         for peer in self._seen:
             if now - self.peers[peer].last_seen <= SILENT_S:
@@ -243,18 +247,20 @@ class Engine:
         mine = self.peers[peer]
         if event.task in mine.tasks:
             mine.groups -= self.tasks[event.task].groups
-            self._remove(event.task, peer)
             mine.tasks.discard(event.task)
+            return self._remove(event.task, peer, now)
         return []
 
-    def _remove(self, task: bytes, peer: str) -> None:
+    def _remove(self, task: bytes, peer: str, now: float) -> Out:
         state = self.tasks.get(task)
         if state is None or peer not in state.members:
-            return
+            return []
         self._unlink(state, peer)
         state.remove(peer)
         if not state.members:
             del self.tasks[task]
+            return []
+        return self._grant(state, now)
 
     def _introduce(self, state: TaskState, peer: str, now: float) -> Out:
         """Give a peer neighbours, and give them to it."""
@@ -354,9 +360,38 @@ class Engine:
             out.append((seed, Order(state.task, group, state.image)))
             return self._point(state, peer, group, [seed], Verdict.WAIT, ask, out)
         if not self._may_lease(state, peer, member, now, urgent=ask.urgent):
+            state.wanted.add(group, peer)
             return self._later(state, group)
         self._lease(state, peer, group, now)
         return Ruling(group, Verdict.LEASE)
+
+    def _grant(self, state: TaskState, now: float) -> Out:
+        """There may be room for leases: give what has been asked for longest to a seed, or to one of those who asked. No more are looked at
+        than SAMPLE: who asked for the others comes again.
+        """
+        out: Out = []
+        for group, askers in state.wanted.oldest(SAMPLE):
+            if not self._has_room(state, now):
+                break
+            if state.copies[group]:
+                state.wanted.drop(group)
+                continue
+            taker = self._taker(state, askers, now)
+            if taker is not None:
+                self._lease(state, taker, group, now)
+                out.append((taker, Order(state.task, group, state.image)))
+        return out
+
+    def _taker(self, state: TaskState, askers: list[str], now: float) -> str | None:
+        for peer in askers:
+            member = state.members.get(peer)
+            if member is not None:
+                seed = self._seed_for(state, peer, member, now)
+                if seed is not None:
+                    return seed
+                if self._may_lease(state, peer, member, now, urgent=False):
+                    return peer
+        return None
 
     def _lease(self, state: TaskState, peer: str, group: int, now: float) -> None:
         state.start_lease(peer, group, now + LEASE_S)
@@ -374,8 +409,10 @@ class Engine:
         most = PEER_LEASES * (2 if self.peers[peer].is_seed else 1)
         if urgent:
             return len(member.leases) < 4 * most
-        out = min(MOST_LEASES, max(FEWEST_LEASES, PACE * state.pace_at(now)))
-        return len(member.leases) < most and len(state.leases) < out
+        return len(member.leases) < most and self._has_room(state, now)
+
+    def _has_room(self, state: TaskState, now: float) -> bool:
+        return len(state.leases) < min(MOST_LEASES, max(FEWEST_LEASES, PACE * state.pace_at(now)))
 
     def _seed_for(self, state: TaskState, peer: str, member: Member, now: float) -> str | None:
         """Return the seed of the task with the fewest leases and room for one more, None if there is none or the asker is one."""
@@ -417,6 +454,7 @@ class Engine:
             return []
         out: Out = []
         leases = state.leases
+        before = len(leases)
         for group in event.groups:
             if group < state.groups:
                 state.mark(peer, member, group)
@@ -428,7 +466,7 @@ class Engine:
                     state.paced_at = now
                     if lease.peer != peer:
                         out.append((lease.peer, Revoke(state.task, [group])))
-        return out
+        return out + self._grant(state, now) if len(leases) < before else out
 
     def _progress(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Progress)
@@ -453,7 +491,7 @@ class Engine:
                 state.end_lease(group)
                 state.members[peer].rests_until = now + REST_S
         self._note_failure(peer, now)
-        return []
+        return self._grant(state, now)
 
     # ---- trust ---------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from p2p.protocol.messages import Contact, Kind
 
+from .wanted import Wanted
 from .weights import Place
 
 KNOWN: Final = 8
@@ -121,6 +122,7 @@ class TaskState:
         self._known: dict[int, list[str]] = {}
         """Of groups, members that have had them, the last that announced them at the end."""
         self.leases: dict[int, Lease] = {}
+        self.wanted = Wanted()
         self.pace = 0.0
         self.paced_at = 0.0
         self.ordered = False
@@ -156,6 +158,7 @@ class TaskState:
         have[byte] |= bit
         member.count += 1
         self.copies[group] += 1
+        self.wanted.drop(group)
         if member.count == self.groups:
             self.complete.add(peer)
         self._note_holder(group, peer)
@@ -182,6 +185,7 @@ class TaskState:
     def start_lease(self, peer: str, group: int, expires: float) -> None:
         """Give a group, which must have no live lease, to a member."""
         assert group not in self.leases
+        self.wanted.drop(group)
         self.leases[group] = Lease(peer, expires)
         self.members[peer].leases.add(group)
 

@@ -154,15 +154,20 @@ class Errand:
         return [chunk for chunk in missing if chunk not in settled] if settled else missing
 
     def _begin_to_follow(self, now: float) -> Effects:
-        """Follow groups of which a neighbour has a part and gets the rest: all of it in one request, not the part now and the rest then."""
+        """Follow groups of which a neighbour has a part and gets the rest, all of it in one request, not the part now, the rest then. And
+        those that few have, unless a reader waits: who follows passes them on as they come.
+        """
         task, content = self._task, self._task.content
         groups: dict[int, list[int]] = {}
         for chunk in content.missing(self._chunks):
             groups.setdefault(content.group(chunk), []).append(chunk)
         for group, chunks in groups.items():
-            if group in task.leases or all(task.copies[chunk] for chunk in chunks):
+            if group in task.leases:
                 continue
-            parent = task.parent_of(group, now)
+            if all(task.copies[chunk] for chunk in chunks):
+                parent = None if self._urgent or not task.are_rare(chunks) else task.source_of(group, chunks, now)
+            else:
+                parent = task.parent_of(group, now)
             if parent is not None and not any(chunk in task.waiting for chunk in chunks):
                 for chunk in chunks:
                     self._plan_to_follow(chunk, parent, group, now)
@@ -184,7 +189,7 @@ class Errand:
         for (peer, group), chunks in self._follow.items():
             left = content.missing(chunks)
             view = task.neighbours.get(peer)
-            depth = view.depth(group) if view is not None else None
+            depth = view.depth_of(group, left) if view is not None else None
             if not task.relays.admits(group, depth):  # it was nearer to the registry when that was decided
                 task.waiting.update(dict.fromkeys(left, now))
                 continue

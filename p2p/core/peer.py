@@ -54,6 +54,8 @@ taken depends on its link."""
 BUSY_SLOTS: Final = (0.1, 0.3)
 """And not before this part of the time that it has taken for one request so far: of its dozen slots one becomes free about so often."""
 MOST_SLOT_S: Final = 20.0
+SHOWN_S: Final = (0.1, 0.3)
+"""Who has been refused what its holder passes on to others waits so long, at random, for one of these to show it."""
 MOST_DOUBLINGS: Final = 4
 MOST_NEIGHBOURS: Final = 256
 """In one task, whoever introduces them: each takes a byte per chunk and a connection. A scheduler stops at about a tenth."""
@@ -181,6 +183,19 @@ class PeerCore:
             effects.append(Requeue(task.task, first[group]))
         return effects
 
+    def hurry(self, task_id: bytes, chunks: Iterable[int], now: float) -> Effects:
+        """A reader waits now for chunks that waited behind others: what nobody is sending of their groups is asked about at once, for a
+        reader.
+        """
+        task = self.tasks.get(task_id)
+        if task is None:
+            return []
+        groups = {task.content.group(chunk) for chunk in chunks}
+        near = [chunk for group in sorted(groups) for chunk in task.content.chunks_of(group)]
+        waiting = [chunk for chunk in near if chunk in task.waiting and chunk not in task.followed]
+        task.waiting.update(dict.fromkeys(waiting, now + _ASKED_BEFORE_S))
+        return [Requeue(task_id, chunk) for chunk in waiting]
+
     def lost_chunks(self, task_id: bytes, chunks: Iterable[int]) -> Effects:
         """Chunks that were here are here no longer: the scheduler, whose knowledge only grows, is told anew of all that is."""
         task = self.tasks.get(task_id)
@@ -280,8 +295,9 @@ class PeerCore:
         left = task.content.missing(chunks)
         view = task.neighbours.get(run.peer)
         group = task.content.group(run.first)
+        had = view is not None and left and all(map(view.have.__getitem__, left))
         if left and view is not None:
-            view.unfollowed.add(group)
+            (view.too_busy if had else view.unfollowed).add(group)
         effects: Effects = []
         before = task.relays.shown()
         task.relays.end(group, (run.peer, run.first))
@@ -290,8 +306,8 @@ class PeerCore:
         for chunk in left:
             if chunk not in task.waiting:
                 continue
-            if refused and task.rest_of_holders(chunk) is None and task.parent_of(group, now) is None:
-                task.waiting[chunk] = now + WAIT_S * (0.5 + self.rng.random())
+            if refused and task.parent_of(group, now) is None and (had or task.rest_of_holders(chunk) is None):
+                task.waiting[chunk] = now + (self.rng.uniform(*SHOWN_S) if had else WAIT_S * (0.5 + self.rng.random()))
             else:
                 del task.waiting[chunk]
                 effects.append(Requeue(task.task, chunk))
@@ -304,6 +320,7 @@ class PeerCore:
         has ended, about one of its neighbours seeks one: the neighbour itself may need nothing more.
         """
         ended = len(view.pending - fetching)
+        fresh = (fetching | following.keys()) - view.pending - view.relayed.keys()
         view.pending, view.relayed = fetching, following
         seeks = ended and self.rng.random() * len(task.neighbours) < ended
         view.unfollowed &= fetching | following.keys()
@@ -313,7 +330,19 @@ class PeerCore:
             if depth is not None:
                 task.relays.show(view.id, group, depth)
         effects: Effects = [ShowRelayed(task.task, task.relays.shown())] if unshown else []
+        effects += self._follow_at_last(task, view, fresh)
         return effects + self._seek_leases(task, now) if seeks else effects
+
+    def _follow_at_last(self, task: PeerTask, view: NeighbourView, groups: set[int]) -> Effects:
+        """A neighbour has begun to get groups: what waits of them for nobody in particular may be had from there as it comes."""
+        effects: Effects = []
+        for chunk in [chunk for chunk in task.waiting if chunk not in task.followed] if groups else ():
+            group = task.content.group(chunk)
+            depth = view.depth(group)
+            if group in groups and depth is not None and depth < task.relays.limit(group):
+                del task.waiting[chunk]
+                effects.append(Requeue(task.task, chunk))
+        return effects
 
     def silent(self, task: PeerTask) -> None:
         """Somebody is gone: what waits asks again at the next tick."""
@@ -413,12 +442,19 @@ class PeerCore:
         task = self.tasks.get(message.task)
         if task is None or message.group >= task.content.groups:
             return [Send(message.task, Failed(message.task, [message.group], "this node does not know the task"))]
-        missing = task.content.missing(task.content.chunks_of(message.group))
+        chunks = task.content.chunks_of(message.group)
+        missing = task.content.missing(chunks)
         if not missing:
             task.news.append(message.group)
             return self._tell_news(task)
+        if not any(chunk in task.asked for chunk in missing):
+            task.ordered = now
         task.leases[message.group] = now
-        return [ShowPending(task.task, list(task.leases)), FillGroup(task.task, missing)]
+        return [
+            *self._lead(task, message.group, missing),
+            FillGroup(task.task, missing),
+            ShowPending(task.task, list(task.leases)),
+        ]
 
     def _tell_news(self, task: PeerTask) -> Effects:
         if not task.news or not task.joined:

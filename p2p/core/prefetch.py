@@ -4,7 +4,8 @@ Rules. First a neighbour is chosen, the one that would deliver soonest, then, of
 random: what is rare now would be what everybody waits for at the end; but if all took the rarest of all, they would queue at its one holder
 while others idle. Up to BLIND batches at a time are such as nobody near has, whatever else there is, so that the registry is never idle:
 near the beginning, because who reads from the beginning to the end waits least so, but not always the very first, because all peers would
-ask the scheduler for the same one. When there is nothing of either kind, nothing is chosen.
+ask the scheduler for the same one. A seed that has just been ordered to fetch something chooses none of that kind: those who read know
+better what is needed next, and a registry divides its rate. When there is nothing of either kind, nothing is chosen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .task import NeighbourView, PeerTask
 
 BLIND: Final = 2
 """As many as a peer gets leases for, unless a reader waits (scheduler PEER_LEASES)."""
+DIRECTED_S: Final = 2.0
+"""After an order, for so long, a seed prefetches nothing that nobody near has."""
 _TAKEN: Final = 255
 _AHEAD: Final = 4
 """Batches per neighbour, this peer counted, among which one that nobody near has is chosen."""
@@ -75,18 +78,19 @@ class Prefetch:
 
     def choose(self, now: float) -> list[int] | None:
         """Take the next batch, None if there is nothing that could be had now."""
-        if now < self._barren_until and len(self._blind) >= BLIND:
+        is_directed = now - self._task.ordered < DIRECTED_S
+        if now < self._barren_until and (is_directed or len(self._blind) >= BLIND):
             return None
         if self._is_stale:
             self._look()
         first = -1
-        if len(self._blind) < BLIND:
+        if len(self._blind) < BLIND and not is_directed:
             first = self._early()
             if first >= 0:
                 self._blind.add(first)
         if first < 0 and now >= self._barren_until:
             first = self._rarest_of_soonest(now)
-        if first < 0 and not self._blind:
+        if first < 0 and not self._blind and not is_directed:
             first = self._miscounted()
         if first < 0:
             return None

@@ -3,8 +3,9 @@
 Decided here: how far from the registry this node is for each group, what it shows of that to its neighbours, and whom it may
 follow. The rule that must survive edits: **no two nodes ever wait for each other**, however old is what they know of each
 other. It holds because of three things. Who follows somebody that shows depth d is at depth d + 1. Of several that are followed
-for one group at once, the deepest is shown. And whoever has been at a depth follows nobody at that depth or deeper until the
-group is complete, so what a node shows never grows, and what an old have-map says of it is never less than what is true.
+for one group at once, the deepest is shown. And whoever has shown a depth follows nobody at that depth or deeper until the
+group is complete, nor does he while he asks for it and has shown nothing yet (if he is refused, that counts for nothing any more).
+So what a node shows never grows, and what an old have-map says of it is never less than what is true.
 
 Nothing here is concurrent, and nothing has a clock; `peer.py` and `errand.py` call it.
 """
@@ -30,6 +31,8 @@ class Relays:
         """Of groups that are followed now, by branch, at what depth; None: whoever is followed has not shown where he is."""
         self._begun: set[int] = set()
         """Of these, those of which somebody has begun to send."""
+        self._before: dict[int, int | None] = {}
+        """Of the others, the least depth before: if all refuse, nobody has been shown that anybody was followed."""
 
     def limit(self, group: int) -> int:
         """Return the depth that whoever is followed must not have reached."""
@@ -46,7 +49,9 @@ class Relays:
         return group in self._live
 
     def plan(self, group: int, branch: Branch, depth: int | None) -> None:
-        """Somebody who shows `depth` will be followed: 0 if he fetches the group, None if he has not shown that yet."""
+        """Somebody who shows `depth` will be followed: 0 if he has or fetches the group, None if he has not shown that yet."""
+        if group not in self._begun:
+            self._before.setdefault(group, self._least.get(group))
         self._live.setdefault(group, {})[branch] = None if depth is None else depth + 1
         if depth is not None:
             self._least[group] = min(self.limit(group), depth + 1)
@@ -55,6 +60,7 @@ class Relays:
         """Somebody who is followed has begun to send."""
         if group in self._live:
             self._begun.add(group)
+            self._before.pop(group, None)
 
     def show(self, peer: str, group: int, depth: int) -> None:
         """Somebody who is followed and had not shown where he is does so now. If he is too deep, this node goes on showing nothing."""
@@ -69,23 +75,31 @@ class Relays:
         return [g for g, found in self._live.items() if any(b[0] == peer and d is None for b, d in found.items())]
 
     def end(self, group: int, branch: Branch) -> None:
-        """Somebody is followed no longer."""
+        """Somebody is followed no longer, or never was because he refused."""
         branches = self._live.get(group)
         if branches is not None:
             branches.pop(branch, None)
             if not branches:
                 del self._live[group]
                 self._begun.discard(group)
+                if group in self._before:
+                    before = self._before.pop(group)
+                    if before is None:
+                        self._least.pop(group, None)
+                    else:
+                        self._least[group] = before
 
     def lead(self, group: int) -> None:
         """The group is to be fetched here: from now on this node follows nobody for it, and waits for nobody whom it followed."""
         self._least[group] = 0
+        self._before.pop(group, None)
         self._live.pop(group, None)
         self._begun.discard(group)
 
     def complete(self, group: int) -> None:
         """A group is here: nobody needs to be followed for it."""
         self._least.pop(group, None)
+        self._before.pop(group, None)
 
     def shown(self) -> dict[int, int]:
         """Return what neighbours may follow here: of groups that come, how deep this node is. Not those that nobody knows the depth of."""

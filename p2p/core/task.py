@@ -24,6 +24,9 @@ MOST_COPIES: Final = 254
 PROBE_S: Final = 0.05
 """Who had no slot free is asked by one request at a time, which has so long to be refused again: what waits for it does not come all at
 once."""
+RARE: Final = 2
+"""What fewer than one neighbour in RARE has is rare: were all to take it from these, each would send it to many, and no part of it would be
+elsewhere before all of it is."""
 _WEIGHT: Final = 0.3
 """Of the newest transfer in the rate that a peer is believed to give."""
 
@@ -102,6 +105,8 @@ class NeighbourView:
     """Groups that it is getting from who gets them, and how many nodes lie between it and the registry."""
     unfollowed: set[int] = field(default_factory=set)
     """Of both, those that it did not pass on as they came: not asked for so again."""
+    too_busy: set[int] = field(default_factory=set)
+    """Groups that it has, but would not pass on to one more: not asked for so again."""
     listening: bool = False
     """Whether its have-map is followed; otherwise it may be gone."""
 
@@ -113,6 +118,10 @@ class NeighbourView:
     def depth(self, group: int) -> int | None:
         """Return how many nodes lie between it and the registry for a group that it is getting; None if it has not said that it does."""
         return 0 if group in self.pending else self.relayed.get(group)
+
+    def depth_of(self, group: int, chunks: list[int]) -> int | None:
+        """Return the same for some chunks of a group: who has them all waits for nobody."""
+        return 0 if all(map(self.have.__getitem__, chunks)) else self.depth(group)
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +150,8 @@ class PeerTask:
     """Of chunks that the scheduler was asked about, how often and when last."""
     copies: bytearray = field(init=False)
     """Of each chunk, how many neighbours have it."""
+    ordered: float = -math.inf
+    """When the scheduler last ordered something of it to be fetched here that this node had not asked for."""
     plans: list[Prefetch] = field(default_factory=list)
     """What is being prefetched."""
 
@@ -226,6 +237,26 @@ class PeerTask:
                 if (depth, s.under_way + s.bytes_got) < rank:
                     best, rank = n, (depth, s.under_way + s.bytes_got)
         return best
+
+    def are_rare(self, chunks: list[int]) -> bool:
+        """Tell whether few neighbours have some of these, and each of them at least one has."""
+        copies = [self.copies[chunk] for chunk in chunks]
+        return min(copies) > 0 and min(copies) * RARE < len(self.neighbours)
+
+    def source_of(self, group: int, chunks: list[int], now: float) -> NeighbourView | None:
+        """Return the neighbour that sends all these chunks of a group to whoever follows it: one that has them and has not refused, the one
+        with least on its way, else whoever passes them on as he gets them.
+        """
+        if self.relays.limit(group) > 0:
+            best, least = None, math.inf
+            for n in self.neighbours.values():
+                if n.listening and group not in n.too_busy and all(map(n.have.__getitem__, chunks)):
+                    s = n.standing
+                    if s.rests_until <= now and not s.banned and s.under_way + s.bytes_got < least:
+                        best, least = n, s.under_way + s.bytes_got
+            if best is not None:
+                return best
+        return self.parent_of(group, now)
 
     def rest_of_holders(self, chunk: int) -> float | None:
         """Return when a neighbour that has a chunk may be asked again, None if no neighbour has it."""

@@ -190,7 +190,10 @@ class Fetcher:
         """Wait for chunks that are not present."""
         limit = self.settings.deadline_s if deadline_s is None else deadline_s
         until = trio.current_time() + (limit if math.isfinite(limit) else self.settings.deadline_s)
+        behind = self._queue.aside_of(space, wanted) if priority is Priority.DEMAND and self._swarm is not None else []
         flights = [self._queue.join(space, index, priority, on_behalf, until=until) for index in wanted]
+        if behind and self._swarm is not None:
+            self._swarm.hurry(space.space_id, behind)
         try:
             with trio.move_on_after(limit) as scope:
                 for flight in flights:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -135,6 +136,11 @@ class FlightQueue:
         """Take a flight out of its batch until another node has the chunk, or has had time enough."""
         flight.batch = None
         flight.is_aside = True
+
+    def aside_of(self, space: DataSpace, chunks: Iterable[int]) -> list[int]:
+        """Return those of `chunks` that wait for another node, and that no reader waits for."""
+        found = ((index, self.find(space, index)) for index in chunks)
+        return [i for i, f in found if f is not None and f.is_aside and f.priority is not Priority.DEMAND]
 
     def unpark(self, flight: Flight) -> None:
         """Queue a flight whose base has landed, or that has waited for another node."""
