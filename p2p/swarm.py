@@ -111,7 +111,7 @@ class SwarmPeer:
             ssl_context=context, timeout_s=10.0, connections=64, use_proxies=False, user_agent="rafs-peer"
         )
         self._keeper = Keeper(BufferPool(_BUFFERS))
-        self._uploads = Uploads(cache.opened_space, self._pending, settings.token)
+        self._uploads = Uploads(cache.opened_space, self._pending, settings.token, seed=settings.seed)
         self._changed = trio.Event()
         """Set, and replaced, when something may have become worth prefetching."""
         self._alone = trio.CapacityLimiter(_ALONE)

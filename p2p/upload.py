@@ -49,7 +49,11 @@ class Uploads:
         find_space: Callable[[bytes], DataSpace | None],
         pending: Callable[[bytes], list[int]],
         token: str,
+        *,
+        seed: bool = False,
     ) -> None:
+        self._is_seed = seed
+        """Whether all turn here at once: then what is here goes to few who follow it, and from them to the others."""
         self._find_space = find_space
         self._pending = pending
         self._token = token
@@ -144,7 +148,7 @@ class Uploads:
         count = 0
         while first + count <= last and space.is_present(first + count):
             count += 1
-        if follow:
+        if follow and (first + count <= last or self._is_seed):
             return self._pass_on(space, first, last)
         if not count:
             return Answer(409, b"the chunk is not here\n")
@@ -173,7 +177,7 @@ class Uploads:
         """Answer with chunks that are here and others that are to come, if any are."""
         group = group_of(space.table.extent(first)[0])
         key = (space.space_id, group)
-        sent = {task_group for task, task_group in self._followers if task == space.space_id}
+        sent = {of for task, of in self._followers if task == space.space_id and self._is_seed}
         coming = len(sent.union(self._pending(space.space_id), self._relayed.get(space.space_id, ())))
         if group_of(space.table.extent(last)[0]) != group:
             return Answer(409, b"more than a group cannot be followed\n")

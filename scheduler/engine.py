@@ -61,12 +61,12 @@ SILENT_S: Final = 20.0
 PEER_LEASES: Final = 2
 """Leases of a task that one peer holds at once, unless a reader waits. A seed is ordered to fetch as many, so that its link is not what all
 wait for, and gets twice as many if it asks."""
-FEWEST_LEASES: Final = 8
+FEWEST_LEASES: Final = 6
 """Leases of a task out at once: at least this many, at most MOST_LEASES, and between them PACE times as many as have been finished in the
 last second or so. Few enough that what is fetched is soon whole and can be passed on (a registry divides its rate among all of them), many
 enough that the registry is always busy."""
 MOST_LEASES: Final = 64
-PACE: Final = 1.5
+PACE: Final = 1.0
 """More than 1, so that the number grows until the registry gives no more."""
 TASKS_PER_PEER: Final = 4096
 """Data spaces that one peer takes part in at most: 16 TiB of images."""
