@@ -67,7 +67,7 @@ last second or so. Few enough that what is fetched is soon whole and can be pass
 enough that the registry is always busy."""
 MOST_LEASES: Final = 64
 PACE: Final = 1.0
-"""More than 1, so that the number grows until the registry gives no more."""
+"""The number grows as long as a group takes less than so many seconds: a registry that gives more with more requests is given more."""
 TASKS_PER_PEER: Final = 4096
 """Data spaces that one peer takes part in at most: 16 TiB of images."""
 GROUPS_PER_PEER: Final = 8 << 20

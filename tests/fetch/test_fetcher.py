@@ -257,6 +257,41 @@ async def test_demand_goes_before_prefetch(image_at: str, tmp_path: Path) -> Non
         assert order.count(29) == 1
 
 
+async def test_what_is_leased_goes_before_prefetch_and_after_demand(image_at: str, tmp_path: Path) -> None:
+    settings = FetchSettings(connections=2, demand_reserve=1, merge_bytes=CHUNK, readahead_bytes=0)
+    async with node_of(image_at, tmp_path / "cache", settings) as node:
+        node.store.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for index in range(10, 30):
+                nursery.start_soon(prefetch, node, index)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            node.fetcher._fill_group(node.space.space_id, [5, 28])
+            assert node.fetcher.depths()["leased"] == 2
+            nursery.start_soon(node.ensure, 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            node.store.gate.set()
+        with trio.fail_after(5):
+            while node.space.missing([5, 28]):
+                await trio.sleep(0.01)
+        order = [offset // CHUNK for offset, _ in node.store.reads]
+        assert {0, 5, 28} <= set(order[:5])
+        assert order.count(28) == 1
+
+
+async def test_a_lease_ends_a_wait_for_other_nodes_and_is_fetched_though_nobody_here_waits_any_more(node: Node) -> None:
+    queue = node.fetcher._queue
+    node.fetcher._fill_group(node.space.space_id, [7])
+    (flight,) = queue.take(CHUNK, demand_only=False)
+    queue.set_aside(flight)
+    flight.waiters = 0
+    assert queue.aside_of(node.space, [6, 7]) == [7]
+    node.fetcher._fill_group(node.space.space_id, [7])
+    assert not flight.is_aside
+    with trio.fail_after(5):
+        await flight.done.wait()
+    assert node.space.is_present(7)
+
+
 async def prefetch(node: Node, index: int) -> None:
     await node.ensure(index, priority=Priority.PREFETCH, deadline_s=math.inf)
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import p2p.core.peer as peer_module
-from p2p.core.effects import Follow, Requeue, Send, ShowRelayed
+from p2p.core.effects import FillGroup, Follow, Requeue, Send, ShowRelayed
 from p2p.core.errand import FOLLOW_S, WAIT_S, Inquire, Perform, Reply, Take
 from p2p.core.peer import FAULTS, PeerCore
-from p2p.core.prefetch import BLIND
+from p2p.core.prefetch import BLIND, DIRECTED_S
 from p2p.core.task import NeighbourView, PeerTask
 from p2p.protocol.groups import pack_bits
-from p2p.protocol.messages import Complaint, Contact, Join, Leave, Report, Ruling, Verdict
+from p2p.protocol.messages import Complaint, Contact, Join, Leave, Order, Report, Ruling, Verdict
 from tests.simulation.content import SimContent, right_value
 
 TASK = b"t" * 32
@@ -265,3 +265,70 @@ def test_of_the_neighbours_of_one_whose_lease_ends_about_one_asks() -> None:
     peer.is_getting(task, views[0], {1}, {}, 0.0)
     task.leases |= {8: 0.0, 9: 0.0}
     assert not any(peer.is_getting(task, views[0], set(), {}, 0.0) for _ in range(20)), "it has its leases"
+
+
+def test_what_few_have_is_followed_and_what_many_have_is_taken() -> None:
+    peer, task, views = core({3}, {3, 4}, {4}, {4}, set())
+    assert [(follow.run.peer, follow.run.first) for follow in follow_of(peer, task, 3)] == [("n0", 3)]
+    assert task.relays.limit(3) == 1, "who has it all is as near as who fetches it"
+    assert isinstance(next(peer.errand(task, [4], urgent=False).steps(0.0)), Take)
+    assert views[0].standing.rests_until == 0.0
+
+
+def test_a_reader_takes_what_few_have_at_once() -> None:
+    peer, task, _ = core({3}, set(), set())
+    assert isinstance(next(peer.errand(task, [3], urgent=True).steps(0.0)), Take)
+
+
+def test_who_is_refused_what_few_have_follows_another_holder_or_whoever_shows_it() -> None:
+    peer, task, views = core({3}, set(), set())
+    (follow,) = follow_of(peer, task, 3)
+    assert peer.follow_ended(TASK, follow.run, 0.0, refused=True) == []
+    assert task.waiting[3] < WAIT_S
+    assert 3 in views[0].too_busy
+    effects = peer.is_getting(task, views[1], set(), {3: 1}, 0.05)
+    assert [effect.chunk for effect in effects if isinstance(effect, Requeue)] == [3]
+    assert [again.run.peer for again in follow_of(peer, task, 3, 0.05)] == ["n1"]
+
+
+def test_who_is_refused_and_finds_nobody_takes_it_from_the_holder() -> None:
+    peer, task, _ = core({3}, set(), set())
+    (follow,) = follow_of(peer, task, 3)
+    peer.follow_ended(TASK, follow.run, 0.0, refused=True)
+    effects = peer.tick(1.0)
+    assert [effect.chunk for effect in effects if isinstance(effect, Requeue)] == [3]
+    assert isinstance(next(peer.errand(task, [3], urgent=False).steps(1.0)), Take)
+
+
+def test_a_reader_hurries_what_waits_for_nobody_with_all_of_its_group_and_not_what_is_followed() -> None:
+    peer, task, views = core(set())
+    task.waiting.update({3: 50.0, 5: 50.0})
+    peer.is_getting(task, views[0], {4}, {}, 0.0)
+    follow_of(peer, task, 4)
+    effects = peer.hurry(TASK, [3, 4, 6], 1.0)
+    assert [effect.chunk for effect in effects if isinstance(effect, Requeue)] == [3]
+    assert task.waiting[5] == 50.0
+    assert next(peer.errand(task, [3], urgent=True).steps(1.0)) == Inquire([3])
+    assert peer.hurry(b"o" * 32, [3], 1.0) == []
+
+
+def test_an_order_ends_what_was_followed_and_keeps_a_seed_from_guessing() -> None:
+    peer, task, views = core(set())
+    peer.is_getting(task, views[0], {3}, {}, 0.0)
+    follow_of(peer, task, 3)
+    plan = peer.prefetch(task, [[chunk] for chunk in range(CHUNKS)])
+    effects = peer.received(Order(TASK, 3, "image"), 10.0)
+    assert FillGroup(TASK, [3]) in effects
+    assert 3 not in task.waiting
+    assert not task.relays.follows(3)
+    assert plan.choose(10.0 + DIRECTED_S / 2) is None
+    assert plan.choose(10.0 + DIRECTED_S) is not None
+
+
+def test_who_is_ordered_what_he_asked_for_goes_on_guessing() -> None:
+    peer, task, _ = core()
+    steps = peer.errand(task, [3], urgent=False).steps(0.0)
+    assert isinstance(next(steps), Inquire)
+    plan = peer.prefetch(task, [[chunk] for chunk in range(CHUNKS)])
+    peer.received(Order(TASK, 3, "image"), 10.0)
+    assert plan.choose(10.0) is not None

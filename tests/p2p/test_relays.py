@@ -25,6 +25,8 @@ class Walk:
         self.read = [[0] * NODES for _ in range(NODES)]
         self.live: set[tuple[int, int, int]] = set()
         """Who follows whom, and the first chunk that was asked for."""
+        self.refused: set[tuple[int, int, int]] = set()
+        """Who has asked one who refuses, and does not know it yet."""
         self.leader: int | None = None
 
     def step(self, number: int) -> None:
@@ -45,6 +47,7 @@ class Walk:
         if self.leader is not None:
             self.relays[who].lead(0)
             self.live = {edge for edge in self.live if edge[0] != who}
+            self.refused = {edge for edge in self.refused if edge[0] != who}
         self.note(who if before is None else before)
 
     def follow(self, who: int, named: int, number: int) -> None:
@@ -53,6 +56,9 @@ class Walk:
         near = [other for other, depth in known.items() if depth is not None and self.relays[who].admits(0, depth)]
         whom = self.rng.choice(near) if near and self.rng.random() < self.near else named
         agrees = self.history[whom][-1] is not None
+        if who != self.leader and not agrees and self.relays[who].admits(0, known[whom]):
+            self.relays[who].plan(0, (str(whom), number), known[whom])
+            self.refused.add((who, whom, number))
         if who != self.leader and agrees and self.relays[who].admits(0, known[whom]):
             self.relays[who].plan(0, (str(whom), number), known[whom])
             self.relays[who].begin(0)
@@ -68,9 +74,10 @@ class Walk:
         self.note(who)
 
     def end(self, _who: int, _whom: int, _number: int) -> None:
-        if self.live:
-            who, whom, number = self.rng.choice(sorted(self.live))
-            self.live.remove((who, whom, number))
+        if self.live or self.refused:
+            who, whom, number = edge = self.rng.choice(sorted(self.live | self.refused))
+            self.live.discard(edge)
+            self.refused.discard(edge)
             self.relays[who].end(0, (str(whom), number))
             self.note(who)
 
@@ -111,6 +118,24 @@ def test_a_group_that_is_complete_is_followed_anew_from_anywhere_after_it_was_lo
     relays.complete(0)
     assert relays.admits(0, MOST_DEPTH - 1)
     assert not relays.admits(0, MOST_DEPTH)
+
+
+@pytest.mark.parametrize("shown_before", [False, True])
+def test_who_was_refused_may_follow_as_far_from_the_registry_as_before(shown_before: bool) -> None:
+    relays = Relays()
+    if shown_before:
+        relays.plan(0, ("a", 0), 2)
+        relays.begin(0)
+        relays.end(0, ("a", 0))
+    limit = relays.limit(0)
+    relays.plan(0, ("b", 0), 0)
+    assert not relays.admits(0, 1), "as long as the answer may be yes"
+    relays.end(0, ("b", 0))
+    assert relays.limit(0) == limit
+    relays.plan(0, ("c", 0), 1)
+    relays.begin(0)
+    relays.end(0, ("c", 0))
+    assert relays.limit(0) == 2, "what has been shown counts until the group is here"
 
 
 def test_nothing_is_shown_while_nobody_knows_where_one_of_those_is_who_are_followed() -> None:
