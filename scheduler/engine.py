@@ -29,7 +29,6 @@ from p2p.protocol.messages import (
     Kind,
     Leave,
     Neighbours,
-    NodeProgress,
     Order,
     PinAlive,
     PinAsk,
@@ -37,7 +36,6 @@ from p2p.protocol.messages import (
     Ping,
     PinPut,
     Preheat,
-    Preheated,
     Progress,
     Report,
     Revoke,
@@ -47,7 +45,8 @@ from p2p.protocol.messages import (
 
 from .address import usable_address
 from .pins import PinTable
-from .state import Member, PeerState, PreheatState, TaskState
+from .preheats import PreheatTable
+from .state import Member, PeerState, TaskState
 from .weights import Place, score
 
 Out = list[tuple[str, FromScheduler]]
@@ -101,9 +100,8 @@ class Engine:
         self._rng = rng
         self.peers: dict[str, PeerState] = {}
         self.tasks: dict[bytes, TaskState] = {}
-        self.preheats: dict[int, PreheatState] = {}
+        self.preheats = PreheatTable()
         self.pins = PinTable()
-        self._next_preheat = 1
         self._seeds: set[str] = set()
         self._seen: dict[str, None] = {}
         """Peers, the one that has been silent longest first."""
@@ -165,15 +163,7 @@ class Engine:
         out: Out = []
         for task in list(state.tasks):
             out += self._remove(task, peer, now)
-        out += self.pins.gone(peer, now)
-        for number, preheat in list(self.preheats.items()):
-            if preheat.tool == peer:
-                del self.preheats[number]
-            elif peer in preheat.nodes and not _is_over(preheat.nodes[peer]):
-                done, total, _ = preheat.nodes[peer]
-                preheat.nodes[peer] = (done, total, "the node has gone")
-                out += self._tell_tool(preheat)
-        return out
+        return out + self.pins.gone(peer, now) + self.preheats.gone(peer)
 
     def handle(self, peer: str, event: FromPeer, now: float) -> Out:
         """Take one message of a connected peer."""
@@ -534,31 +524,9 @@ class Engine:
 
     def _preheat(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Preheat)
-        number, self._next_preheat = self._next_preheat, self._next_preheat + 1
-        nodes = [
-            name
-            for name, other in self.peers.items()
-            if other.contact.kind is Kind.SEED or (event.everybody and other.contact.kind is Kind.PEER)
-        ]
-        preheat = self.preheats[number] = PreheatState(peer, event.number, dict.fromkeys(nodes, (0, 0, "")))
-        return [*((name, Fill(number, event.image)) for name in nodes), *self._tell_tool(preheat)]
+        kinds = {Kind.SEED, Kind.PEER} if event.everybody else {Kind.SEED}
+        return self.preheats.begin(peer, event, [name for name, of in self.peers.items() if of.contact.kind in kinds])
 
     def _filled(self, peer: str, event: FromPeer, now: float) -> Out:
         assert isinstance(event, Filled)
-        preheat = self.preheats.get(event.number)
-        if preheat is None or peer not in preheat.nodes:
-            return []
-        preheat.nodes[peer] = (event.done, event.total, event.error)
-        out = self._tell_tool(preheat)
-        if all(_is_over(node) for node in preheat.nodes.values()):
-            del self.preheats[event.number]
-        return out
-
-    def _tell_tool(self, preheat: PreheatState) -> Out:
-        nodes = [NodeProgress(name, *node) for name, node in preheat.nodes.items()]
-        return [(preheat.tool, Preheated(preheat.number, nodes))]
-
-
-def _is_over(node: tuple[int, int, str]) -> bool:
-    done, total, error = node
-    return bool(error) or (total > 0 and done >= total)
+        return self.preheats.filled(peer, event)

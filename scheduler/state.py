@@ -265,12 +265,3 @@ class PeerState:
     def is_seed(self) -> bool:
         """Whether it is asked first to fetch from the registry."""
         return self.contact.kind is Kind.SEED
-
-
-@dataclass(slots=True)
-class PreheatState:
-    """A tool waits for an image to be everywhere."""
-
-    tool: str
-    number: int
-    nodes: dict[str, tuple[int, int, str]] = field(default_factory=dict)
