@@ -61,7 +61,7 @@ def simulate(setting: Setting) -> tuple[list[Row], World]:
     return [
         Row(f"{what}: last peer", f"{last:.1f} s", f"lower bound {bound:.1f} s", last / bound, f"<= {target}",
             last / bound <= target and not world.unfinished,
-            f"of one node from its arrival: median {sorted(ended)[len(ended) // 2]:.1f} s, longest {max(ended):.1f} s; "
+            f"a node from its arrival: median {_part(ended, 0.5):.1f} s, p99 {_part(ended, 0.99):.1f} s, longest {max(ended):.1f} s; "
             f"{seconds:.0f} s of this machine{left}"),
         Row(f"{what}: bytes from the registry", f"{world.origin_bytes / 1e9:.1f} GB", "the model", world.origin_bytes / setting.size,
             "<= 1.05", world.origin_bytes <= 1.05 * setting.size, f"{world.wrong} wrong units came and were refused"),
@@ -69,6 +69,11 @@ def simulate(setting: Setting) -> tuple[list[Row], World]:
         Row(f"{what}: to the scheduler", f"{messages / last:.0f} messages/s", f"peak {max(world.per_second.values())}/s", None, "-", None,
             f"{1e6 * world.engine_s / max(1, messages):.0f} us of CPU each; {_counts(world.messages)}"),
     ], world  # fmt: skip
+
+
+def _part(numbers: list[float], part: float) -> float:
+    """Return the number that `part` of all are below, about."""
+    return sorted(numbers)[min(len(numbers) - 1, int(len(numbers) * part))]
 
 
 def _counts(numbers: dict[str, int]) -> str:

@@ -69,6 +69,8 @@ class SimNode:
     """Of units that may be passed on, the transfer by which they come."""
     exchanges: set[Request | Follow] = field(default_factory=set)
     """What has been asked of others."""
+    serving: set[Request] = field(default_factory=set)
+    """What is being sent to others who asked for it."""
     _ticks_due: set[float] = field(default_factory=set)
 
     # ---- life ----------------------------------------------------------------------------------------------------
@@ -99,11 +101,13 @@ class SimNode:
         """Tell whether it says that it has a unit."""
         return self.content.values[chunk] is not None or self.is_liar
 
-    def die(self) -> None:
-        """The machine is gone: nothing is told to anybody."""
+    def die(self, *, politely: bool) -> None:
+        """The machine is gone: nothing is told to anybody, but that its connections are closed if it goes `politely`."""
         self.alive = False
         for exchange in list(self.exchanges):
             exchange.taker_died()
+        for request in list(self.serving):
+            request.giver_died(politely=politely)
 
     def _periodic(self) -> None:
         if self.alive and not (self.content.complete and not self.task.news):

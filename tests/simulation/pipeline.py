@@ -26,11 +26,12 @@ QUEUED, FLOWN, ASIDE = range(3)
 class Flight:
     """A unit on its way, and the errand for it while a worker has it."""
 
-    __slots__ = ("as_urgent", "chunk", "open", "state", "steps", "urgent")
+    __slots__ = ("as_urgent", "chunk", "leased", "open", "state", "steps", "urgent")
 
     def __init__(self, chunk: int, urgent: bool) -> None:
         self.chunk = chunk
         self.urgent = urgent
+        self.leased = False
         self.state = QUEUED
         self.steps: Steps | None = None
         self.open = 0
@@ -50,7 +51,8 @@ class Pipeline:
     def __init__(self, node: SimNode) -> None:
         self._node = node
         self._world = node.world
-        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._queues: tuple[deque[Flight], ...] = (deque(), deque(), deque())
+        """Of what a reader waits for, what is leased, and the rest."""
         self._inquiries: dict[int, Flight] = {}
         self._next_ask = 0
         self.flights: dict[int, Flight] = {}
@@ -97,26 +99,37 @@ class Pipeline:
         flight = self.flights.get(chunk)
         if flight is None:
             flight = self.flights[chunk] = Flight(chunk, urgent)
-            self._queues[0 if urgent else 1].append(flight)
+            self._enqueue(flight)
         elif urgent and not flight.urgent:
             flight.urgent = True
             if flight.state == QUEUED:
-                self._queues[0].append(flight)
+                self._enqueue(flight)
+            elif flight.state == ASIDE:
+                node = self._node
+                node.perform(node.core.hurry(node.task.task, [chunk], self._world.now))
         self.fly()
 
     def fill(self, chunk: int) -> None:
-        """A unit is ours to fetch, whether it is wanted here or not."""
-        if chunk in self.flights:
-            self.requeue(chunk)
+        """A unit is ours to fetch, whether it is wanted here or not: before all that is only prefetched."""
+        flight = self.flights.get(chunk)
+        if flight is None:
+            flight = self.flights[chunk] = Flight(chunk, urgent=False)
+        flight.leased = True
+        if flight.state == QUEUED:
+            self._enqueue(flight)
+            self.fly()
         else:
-            self.want(chunk, urgent=False)
+            self.requeue(chunk)
+
+    def _enqueue(self, flight: Flight) -> None:
+        self._queues[0 if flight.urgent else 1 if flight.leased else 2].append(flight)
 
     def requeue(self, chunk: int) -> None:
         """A unit that was put aside is tried again."""
         flight = self.flights.get(chunk)
         if flight is not None and flight.state == ASIDE:
             flight.state = QUEUED
-            self._queues[0 if flight.urgent else 1].append(flight)
+            self._enqueue(flight)
             self.fly()
 
     def landed(self, chunk: int) -> None:
@@ -130,12 +143,12 @@ class Pipeline:
 
     def fly(self) -> None:
         """Give what is queued to idle workers."""
-        demand, prefetch = self._queues
+        demand, leased, prefetch = self._queues
         downloads = self._world.setting.downloads
         while self.busy < WORKERS:
             flight = self._take(demand) if demand else None
-            if flight is None and prefetch and self.busy_prefetch < downloads:
-                flight = self._take(prefetch)
+            if flight is None and self.busy_prefetch < downloads:
+                flight = self._take(leased) or self._take(prefetch)
             if flight is None:
                 return
             flight.state = FLOWN

@@ -56,15 +56,18 @@ class Request:
     def _arrived(self) -> None:
         giver, world = self._giver, self._taker.world
         assert giver is not None
-        if not giver.alive or self._state == OVER:
+        if self._state == OVER:
             return
-        if giver.behaviour.empty or not giver.claims(self._chunk):
+        if not giver.alive:
+            world.after(STALL_S, self._stalled)
+        elif giver.behaviour.empty or not giver.claims(self._chunk):
             world.after(world.latency(giver, self._taker), self._refused, False)
         elif giver.uploads >= world.setting.uploads:
             world.after(world.latency(giver, self._taker), self._refused, True)
         else:
             giver.uploads += 1
             self._state = SENDING
+            giver.serving.add(self)
             self._transfer = world.transfer(giver, self._taker, self._size, self._came)
 
     def _refused(self, is_busy: bool) -> None:
@@ -88,6 +91,12 @@ class Request:
         """Nobody takes it any more."""
         self._end()
 
+    def giver_died(self, *, politely: bool) -> None:
+        """Nothing more comes: a connection that is closed is seen at once, one that is silent after STALL_S: a unit is many chunks, and
+        each is waited for by itself.
+        """
+        self._taker.world.after(0.01 if politely else STALL_S, self._stalled)
+
     def _end(self) -> bool:
         """End it, unless it has ended; return whether anybody waits for it."""
         if self._state == OVER:
@@ -99,6 +108,7 @@ class Request:
             assert self._giver is not None
             self._taker.world.links.stop(self._transfer)
             self._giver.uploads -= 1
+            self._giver.serving.discard(self)
         self._state = OVER
         return self._taker.alive
 

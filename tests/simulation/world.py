@@ -191,7 +191,7 @@ class World:
 
     def _go(self, name: str, politely: bool) -> None:
         node = self.nodes[name]
-        node.die()
+        node.die(politely=politely)
         if politely:
             self._deliver(self.engine.disconnect(name, self.now))
         for other in node.mesh.drop_all():
