@@ -19,7 +19,12 @@ SCHEDULER: Final = (
     Series("rafs_scheduler_leases_expired", "counter", "Leases that ended without progress."),
     Series("rafs_scheduler_messages_in", "counter", "Messages from peers, by kind.", "event"),
     Series("rafs_scheduler_messages_out", "counter", "Messages to peers, by kind.", "event"),
-    Series("rafs_scheduler_rulings", "counter", "Answers for groups, by verdict: lease, held, wait, later.", "verdict"),
+    Series(
+        "rafs_scheduler_rulings",
+        "counter",
+        "Answers for groups, by verdict: lease, held, wait, later; order: leases given to who asked earlier, or to a seed.",
+        "verdict",
+    ),
     Series("rafs_scheduler_complaints", "counter", "Reports on peers: corrupt, stalled, unreachable.", "what"),
     Series("rafs_scheduler_engine_seconds", "counter", "Time spent in decisions, by kind of event.", "event"),
     Series("rafs_scheduler_queue_overflows", "counter", "Peers cut off because they did not read."),

@@ -279,7 +279,8 @@ class Scheduler:
                 other = ruling.peer.id if ruling.peer else "-"
                 _log.debug("ruling: peer=%s group=%d verdict=%s parent=%s", peer, ruling.group, verdict, other)
         elif isinstance(message, Order):
-            _log.debug("lease granted: seed=%s task=%s group=%d", peer, _short(message.task), message.group)
+            self.rulings["order"] += 1
+            _log.debug("lease granted: peer=%s task=%s group=%d", peer, _short(message.task), message.group)
         elif isinstance(message, Revoke):
             _log.debug("lease ended: peer=%s task=%s groups=%s", peer, _short(message.task), message.groups)
         elif isinstance(message, Neighbours):
