@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rafsfs.fetch.readahead import MARGIN_BYTES, QUIET_BYTES, Readahead, Span
+from rafsfs.fetch.readahead import LEAD, MARGIN_BYTES, QUIET_BYTES, Readahead, Span
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -98,13 +98,20 @@ def test_one_tensor_at_the_end_of_a_file_does_not_lead_into_the_next_one() -> No
     assert read(ahead, 100 * MIB, 101 * MIB, files[1], tensor=header, following=300 * MIB) == []
 
 
-def test_nothing_past_the_file_until_a_stream_has_gone_on_into_the_next() -> None:
+def test_little_past_the_file_until_a_stream_has_gone_on_into_the_next() -> None:
     ahead = Readahead(GIB)
     files = [(0, 10 * MIB), (10 * MIB, 20 * MIB), (20 * MIB, 30 * MIB)]
     seen = [span for n in range(10) for span in read(ahead, n * MIB, (n + 1) * MIB, files[0], following=20 * MIB)]
-    assert max(stop for _, stop in seen) == 10 * MIB
+    assert 10 * MIB < max(stop for _, stop in seen) <= 10 * MIB + 10 * MIB // LEAD
     seen = [span for n in range(10, 20) for span in read(ahead, n * MIB, (n + 1) * MIB, files[1], following=30 * MIB)]
     assert max(stop for _, stop in seen) == 30 * MIB
+
+
+def test_nothing_past_the_file_for_who_has_not_read_it_from_its_start() -> None:
+    ahead = Readahead(GIB)
+    files = (10 * MIB, 60 * MIB), (60 * MIB, 90 * MIB)
+    seen = [span for n in range(12, 60) for span in read(ahead, n * MIB, (n + 1) * MIB, files[0], following=90 * MIB)]
+    assert max(stop for _, stop in seen) == 60 * MIB
 
 
 def test_two_interleaved_streams_are_two_streams() -> None:
