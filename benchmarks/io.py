@@ -36,6 +36,8 @@ from .setting import Setting
 
 _MODES = ("auto", "erofs", "lazy", "fuse", "kernel")
 _PARTS = ("present", "names", "cold", "storm")
+_LAZY = ("lazy", "kernel")
+"""Modes that become plain EROFS when the image is complete."""
 _STORM_PROCESSES = 8
 _TARGET = {"kernel": 0.9, "erofs": 0.95}
 """Page cache cold, by mode; 0.6 where a process of ours is in the path."""
@@ -68,10 +70,10 @@ def pieces_of(directory: Path) -> list[Piece]:
 
 
 class Present:
-    """A mount whose data are all here, and a copy on the local disk."""
+    """A mount of which all that is read is here, and a copy on the local disk."""
 
-    def __init__(self, setting: Setting, node: Node, mode: str, local: Path) -> None:
-        top = node.mount(setting.weights_ref, f"mnt-{mode}", "--mode", mode)
+    def __init__(self, setting: Setting, node: Node, mode: str, local: Path, ref: str) -> None:
+        top = node.mount(ref, f"mnt-{mode}", "--mode", mode)
         self.ours = pieces_of(top)
         self.local = pieces_of(local)
         sequential(self.ours)
@@ -116,15 +118,19 @@ class Present:
 
 
 def present_rows(setting: Setting) -> list[Row]:
-    """Data that are on the node, in each mode."""
+    """Data that are on the node, in each mode; in lazy and kernel mode also of an image that is not complete, so that they stay as they are."""
     local = setting.fresh("local")
     shutil.copytree(setting.weights, local)
     rows: list[Row] = []
-    for mode in modes_of_this_version():
+    modes = modes_of_this_version()
+    for mode, complete in [*((mode, True) for mode in modes), *((mode, False) for mode in modes if mode in _LAZY)]:
         with setting.node() as node:
             try:
-                node.rafs("pull", setting.weights_ref, timeout_s=300)
-                present = Present(setting, node, mode, local)
+                if complete:
+                    node.rafs("pull", setting.weights_ref, timeout_s=300)
+                present = Present(
+                    setting, node, mode, local, setting.weights_ref if complete else setting.partly_read_ref
+                )
             except Exception as error:  # noqa: BLE001 - a mode that this machine lacks is one row
                 rows.append(Row(f"[{mode}]", "-", "-", None, "-", None, str(error).splitlines()[-1][:120]))
                 continue

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +69,17 @@ class Setting:
         ref = f"localhost:{self.registry.port}/bench/weights:v1"
         with self.node() as node:
             node.build(self.weights, ref, timeout_s=300)
+        return ref
+
+    @cached_property
+    def partly_read_ref(self) -> str:
+        """The weights, and a file that nobody reads: an image that never becomes complete."""
+        source = self.fresh("partly-read")
+        shutil.copytree(self.weights, source)
+        (source / "unread.bin").write_bytes(os.urandom(64 * MIB))
+        ref = f"localhost:{self.registry.port}/bench/partly-read:v1"
+        with self.node() as node:
+            node.build(source, ref, timeout_s=300)
         return ref
 
     @cached_property
