@@ -118,7 +118,7 @@ class Present:
 
 
 def present_rows(setting: Setting) -> list[Row]:
-    """Data that are on the node, in each mode; in lazy and kernel mode also of an image that is not complete, so that they stay as they are."""
+    """Data that are on the node, in each mode; in lazy and kernel mode also of an image that stays incomplete."""
     local = setting.fresh("local")
     shutil.copytree(setting.weights, local)
     rows: list[Row] = []
