@@ -17,15 +17,15 @@ from pathlib import Path
 
 import trio
 
-from .measure import Row, files_below, interleave, median, rate, read_all, settle, spread, timed
+from .measure import Row, busy_s, files_below, interleave, median, rate, read_all, settle, spread, timed
 from .setting import Setting
 
 CONNECTIONS = 8
 RANGE_BYTES = 8 << 20
 
 
-async def fetch_and_decode(ref: str, target: str) -> float:
-    """Fetch all blobs of an image, decode all chunks into one file per data space; return the seconds."""
+async def fetch_and_decode(ref: str, target: str) -> tuple[float, float]:
+    """Fetch all blobs of an image, decode all chunks into one file per data space; return the seconds, and those of all processors."""
     from rafsfs.format.chunk_map import StoredChunk  # noqa: PLC0415
     from rafsfs.format.codec import decode  # noqa: PLC0415 - a process of its own runs this
     from rafsfs.image import load_image  # noqa: PLC0415
@@ -80,14 +80,21 @@ async def fetch_and_decode(ref: str, target: str) -> float:
                     await stream.readinto(view)
                 await trio.to_thread.run_sync(write, view, start, members, limiter=cpu)
 
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), busy_s()
         async with trio.open_nursery() as nursery:
             for _ in range(CONNECTIONS):
                 nursery.start_soon(fetch)
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, busy_s() - busy
         for fd in fds:
             os.close(fd)
-        return seconds
+        return seconds, busy
+
+
+def without_mount(ref: str, target: Path) -> tuple[float, float]:
+    """Return what `fetch_and_decode` does, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.cold_read", ref, str(target)]
+    seconds, busy = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(seconds), float(busy)
 
 
 def read_parallel(paths: list[Path], readers: int) -> None:
@@ -105,9 +112,7 @@ def run(setting: Setting) -> list[Row]:
 
     def baseline() -> float:
         settle()
-        target = setting.fresh("fetched")
-        command = [sys.executable, "-m", "benchmarks.cold_read", ref, str(target)]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return without_mount(ref, setting.fresh("fetched"))[0]
 
     def through_mount(readers: int) -> float:
         settle()
@@ -149,4 +154,4 @@ def run(setting: Setting) -> list[Row]:
 
 
 if __name__ == "__main__":
-    print(trio.run(fetch_and_decode, sys.argv[1], sys.argv[2]))
+    print(*trio.run(fetch_and_decode, sys.argv[1], sys.argv[2]))

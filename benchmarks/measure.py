@@ -77,6 +77,12 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def busy_s() -> float:
+    """Return the seconds that the machine's processors have worked since it started, all of them together."""
+    user, nice, system, _, _, irq, softirq = (int(word) for word in Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def rate(size: int, seconds: float) -> str:
     """Return a throughput as text."""
     return f"{size / seconds / 1e6:.0f} MB/s"
