@@ -54,7 +54,7 @@ _STOP_S: Final = 60.0
     type=SizeType(),
     default="32MiB",
     show_default=True,
-    help="Largest window fetched ahead of a sequential reader.",
+    help="Window fetched ahead of a sequential reader; up to four times as much on a line whose delay asks for it.",
 )
 @option(
     "--log-level",

@@ -438,7 +438,7 @@ class Daemon:
             },
             "mounts": [self._mount_status(mount) for mount in self._mounts.values()],
             "files": self.web_files.describe(),
-            "fetch": dict(self._fetcher.counters) | self._fetcher.prefetcher.figures(),
+            "fetch": self._fetcher.figures(),
             "swarm": self._swarm.describe() if self._swarm is not None and self._swarm.is_active else None,
         }
 

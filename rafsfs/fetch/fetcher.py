@@ -44,6 +44,7 @@ from ..metrics import Histogram
 from ..store.cache import Cache
 from ..store.data_space import DataSpace
 from .buffers import BufferPool, ByteBudget
+from .line import LineEstimate
 from .plan import RangeRead, Wanted, plan_reads
 from .prefetcher import Prefetcher, Window
 from .queue import Flight, FlightQueue, Priority, of_batch
@@ -61,7 +62,7 @@ SWARM_BATCHES = 16
 PLAN_BATCHES = 8
 """Batches of a plan on their way at once, of a part of the window each: the order is kept within them."""
 AHEAD_STEPS = 4
-"""Parts of the window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
+"""Parts of the configured window ahead of a stream that are asked for at once: chunks asked for together are fetched in one request."""
 TOLD_BYTES = 2 << 20
 """Bytes of chunks that a thread keeps before it wakes the event loop for them, if nobody waits for one of them."""
 _RETRY_S = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -90,6 +91,8 @@ class Fetcher:
         self._buffers = ByteBudget(settings.buffer_bytes)
         self._pool = BufferPool(settings.buffer_bytes // 2)
         self.prefetcher = Prefetcher(self._queue.start, self._ahead_window)
+        self.line = LineEstimate()
+        """To the registry."""
         self.counters: Counter[str] = Counter()
         self.failed_chunks: Counter[str] = Counter()
         self.failed_reads: Counter[str] = Counter()
@@ -124,6 +127,11 @@ class Fetcher:
         self.prefetcher.forget(space_id)
         if self._swarm is not None:
             self._swarm.leave(space_id)
+
+    def figures(self) -> dict[str, int]:
+        """Return what has been counted, and what the line to the registry is like: milliseconds, bytes per second."""
+        line = {"latency_ms": round(self.line.latency_s * 1000), "bandwidth": round(self.line.bandwidth)}
+        return dict(self.counters) | self.prefetcher.figures() | line
 
     def depths(self) -> dict[str, int]:
         """Return how many chunks are queued, in flight, and parked."""
@@ -273,7 +281,8 @@ class Fetcher:
         limit = self.settings.readahead_bytes
         if self._swarm is not None and self._swarm.is_active:
             return Window(limit, SWARM_BATCH, SWARM_BATCH)
-        return Window(limit, limit // AHEAD_STEPS)
+        step = limit // AHEAD_STEPS
+        return Window(self.line.window(limit, step), step)
 
     async def run_worker(self, *, demand_only: bool) -> None:
         """Take flights and fly them, for ever."""
@@ -439,8 +448,11 @@ class Fetcher:
         blob = source.chunk_map.blobs[read.blob].digest
         failure: RafsError | None = None
         async with self._buffers.reserve(read.length), trio.open_nursery() as nursery:
+            began = trio.current_time()
+            self.line.began(began)
             try:
                 async with source.store.open_range(blob, read.offset, read.length) as stream:
+                    self.line.answered(trio.current_time() - began)
                     blocking = stream.blocking() if isinstance(stream, ThreadedStream) else None
                     if blocking is not None:
                         twins = await trio.to_thread.run_sync(
@@ -452,6 +464,10 @@ class Fetcher:
                     nursery.start_soon(self._copy_after, twin, read, by_index)
             except RafsError as error:
                 failure = _named(error, f"{source.name}: blob {blob}, chunks {_numbers(read)}")
+            finally:
+                self.line.ended(
+                    trio.current_time(), sum(w.stored.length for w in read.chunks) if failure is None else 0
+                )
         corrupt = [flight for flight in by_index.values() if flight.error is not None and not flight.done.is_set()]
         if corrupt:
             failure = corrupt[0].error

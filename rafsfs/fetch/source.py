@@ -24,7 +24,7 @@ class FetchSettings:
     buffer_bytes: int = 64 << 20
     """Stored bytes in memory at once."""
     readahead_bytes: int = 32 << 20
-    """Largest window ahead of a sequential reader."""
+    """Window ahead of a sequential reader; up to line.GROWTH times as much where latency times bandwidth asks for it."""
     threads: int = 4
     """Threads that decode, hash and write."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 FLOOR_BYTES: Final = 64 << 20
-"""Two of the largest windows at once before anything that was fetched ahead has been read."""
+"""Two windows as configured at once before anything that was fetched ahead has been read."""
 
 
 class AheadAccount:

@@ -17,8 +17,8 @@ from ..errors import CacheError, FormatError
 from ..format.space_table import SpaceTable
 from ..format.superblock import Superblock
 
-LOOK_AHEAD: Final = 40 << 20
-"""Bytes behind a read of which a chunk must be missing for the daemon to be told of a hit: more than its window, to keep that full."""
+LOOK_AHEAD: Final = 136 << 20
+"""Bytes behind a read of which a chunk must be missing for the daemon to be told of a hit: more than its largest window."""
 HINT_EVERY: Final = 4 << 20
 """Bytes that a reader may come further before the daemon is told again: a call costs a tenth of what serving a chunk of 1 MiB does."""
 
