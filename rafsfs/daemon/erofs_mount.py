@@ -12,6 +12,7 @@ Concurrency: `supervise` owns the nursery of `Serving`, and is the only task tha
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -277,14 +278,12 @@ class ErofsMount(Mount):
                 await self._serving.start_flat(running)
             elif rung == "kernel":
                 await self._serving.start_guard(running)
+            if rung == "erofs":
+                direct = await self._in_thread(self._is_cold)
+            else:
+                direct = rung == "lazy" and not any(settled)
             mount = await self._in_thread(
-                partial(
-                    superblock.create,
-                    self._image.bootstrap_path,
-                    self._devices(running),
-                    # A plain data file's pages are mostly in the page cache, just fetched: the disk would be a detour.
-                    direct=rung == "lazy" and not any(settled),
-                )
+                partial(superblock.create, self._image.bootstrap_path, self._devices(running), direct=direct)
             )
             try:
                 running.record.superblocks = list(mount.superblocks)
@@ -315,6 +314,14 @@ class ErofsMount(Mount):
             "mounted: mountpoint=%s mode=%s generation=%d superblock=%s",
             self.spec.mountpoint, rung, number, ",".join(running.record.superblocks),
         )  # fmt: skip
+
+    def _is_cold(self) -> bool:
+        """Tell whether less than half of the data is in the page cache: else the disk would be a detour. Blocking."""
+        try:
+            cached = sum(syscalls.cached_pages(space.data_fd) for space in self._spaces if space.data_fd >= 0)
+        except OSError:
+            return False
+        return 2 * cached * mmap.PAGESIZE < sum(space.size for space in self._spaces)
 
     def _devices(self, running: Running) -> list[str]:
         """Return the device paths. A plain file is named by the descriptor whose presence map was looked at."""

@@ -1,5 +1,6 @@
 """System calls for mounts that neither Python nor util-linux offers, by ctypes. Numbers are those of asm-generic, the same on every
-architecture we run on (Linux 5.2; pidfd_getfd 5.6; MOVE_MOUNT_BENEATH 6.5). ctypes lets go of the interpreter lock during each call.
+architecture we run on (Linux 5.2; pidfd_getfd 5.6; MOVE_MOUNT_BENEATH and cachestat 6.5). ctypes lets go of the interpreter lock
+during each call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ctypes
 import os
 from typing import Final
 
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _PIDFD_GETFD = 429, 430, 431, 432, 438
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _PIDFD_GETFD, _CACHESTAT = 429, 430, 431, 432, 438, 451
 _CLOEXEC: Final = 1
 """FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC."""
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
@@ -77,6 +78,16 @@ def detach(path: str) -> None:
 def pidfd_getfd(pidfd: int, number: int) -> int:
     """Return a copy of descriptor `number` of another process. Raises OSError, also if that is not allowed."""
     return _call(_PIDFD_GETFD, pidfd, number, 0)
+
+
+def cached_pages(descriptor: int) -> int:
+    """Return how many pages of a file are in the page cache. Raises OSError."""
+    whole = (ctypes.c_uint64 * 2)()  # offset and length; a length of 0 is all that follows
+    found = (ctypes.c_uint64 * 5)()  # in the cache, dirty, under write-back, evicted, evicted of late
+    if _libc.syscall(ctypes.c_long(_CACHESTAT), ctypes.c_long(descriptor), whole, found, ctypes.c_long(0)) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return found[0]
 
 
 def mount_id(mount: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.patterns import drop
 from tests.support.memory_group import memory_group, why_no_memory_group
 from tests.support.processes import Node, is_alive, needs, read_within, running_node, wait_for
 
@@ -189,3 +190,24 @@ def test_on_a_file_system_that_lacks_what_a_mode_needs_it_is_refused_or_right(
         assert outcomes["auto"] == ("fuse" if outcomes["lazy"] == "refused" else outcomes["lazy"])
         assert "Traceback" not in node.log()
     assert not any(is_alive(pid) for pid in node.processes())
+
+
+def test_a_complete_image_is_read_past_the_page_cache_unless_it_is_in_it(
+    tmp_path: Path, image: tuple[Path, str]
+) -> None:
+    source, ref = image
+
+    def options(mounted: Path) -> list[str]:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return next(line for line in lines if f" {mounted} " in line).split()[-1].split(",")
+
+    with running_node(tmp_path / "node") as node:
+        node.rafs("pull", ref, timeout_s=120)
+        just_pulled = node.mount(ref, "just-pulled", "--mode", "erofs")
+        assert "directio" not in options(just_pulled)
+        node.rafs("umount", str(just_pulled))
+        drop([str(path) for path in node.cache.glob("spaces/*/data")])
+        later = node.mount(ref, "later", "--mode", "erofs")
+        assert "directio" in options(later)
+        for name in FILES:
+            assert compare(source / name, later / name) == "equal"

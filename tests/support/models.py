@@ -88,6 +88,33 @@ def cast_file(source: Path, target: Path, dtype: str, *, scale: float = 1.0) -> 
             file.write(data)
 
 
+def widen_file(source: Path, target: Path, times: int) -> None:
+    """Write `target` with each float32 tensor of `source` that many times as long, every copy scaled by another factor: the shapes of a
+    larger model with the statistics of these weights. The file is about `times` as long; one tensor at a time is in memory.
+    """
+    header, start = read_header(source)
+    tensors = {name: info for name, info in header.items() if name != "__metadata__" and info["dtype"] == "F32"}
+    raw = np.memmap(source, dtype=np.uint8, mode="r")
+    names = sorted(tensors, key=lambda key: int(tensors[key]["data_offsets"][0]))
+    out: dict[str, Any] = {}
+    offset = 0
+    for name in names:
+        first, stop = tensors[name]["data_offsets"]
+        rows, *rest = tensors[name]["shape"]
+        size = times * (stop - first)
+        out[name] = {"dtype": "F32", "shape": [rows * times, *rest], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(out, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            first, stop = tensors[name]["data_offsets"]
+            values = np.frombuffer(raw[start + first : start + stop], dtype="<f4")
+            for number in range(times):
+                file.write((values * np.float32(1 + number / 7)).astype("<f4").tobytes())
+
+
 def make_model(target: Path, *, dtypes: tuple[str, ...] = ("F32", "BF16", "F16")) -> Path:
     """Make the directory `target`: the published files, model.safetensors and casts (`model.bf16.safetensors`).
 
