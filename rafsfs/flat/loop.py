@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ _TOGETHER_S: Final = 0.1
 kernel asks for one window in pieces of 64 KiB while its pages are small."""
 _SAME_FAILURE_S: Final = 5.0
 """Failures in one data space within this time are one line in the log."""
+
+_READERS: Final = 16
+"""Of one data space, told apart: a hit that goes on where one of the latest ended is of a reader that goes on."""
 
 Finished = Callable[[bool], None]
 
@@ -73,6 +77,8 @@ class Loop:
         self._chances = Chances(deadline_s)
         self._logged: dict[int, float] = {}
         self._hinted = [-HINT_EVERY] * len(views)
+        self._ends: list[deque[int]] = [deque(maxlen=_READERS) for _ in views]
+        """Chunks that the latest hits ended before."""
         self._wanted: dict[tuple[int, int, int], _Wish] = {}
         self._touched: list[tuple[bytes, int, int]] = []
         """Chunks read for the first time since the daemon was told."""
@@ -145,6 +151,11 @@ class Loop:
         if view.touch(chunks.start, chunks.stop):
             self._touched.append((view.space_id, chunks.start, chunks.stop))
         if not chunks:
+            return
+        ends = self._ends[space]
+        follows = chunks.start in ends or chunks.start + 1 in ends
+        ends.append(chunks.stop)
+        if not follows:  # whoever reads at random has no use for what is ahead
             return
         reached = sum(view.table.extent(chunks.stop - 1))
         if 0 <= reached - self._hinted[space] < HINT_EVERY:
