@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def test_a_reader_that_goes_on_leads_the_daemon_every_few_chunks(told: tuple[Loo
     for number in range(64):
         loop.hit(0, range(number, number + 1), CHUNK)
     assert chunks[0] == 1, "the second read shows that it goes on"
-    assert {later - sooner for sooner, later in zip(chunks, chunks[1:], strict=False)} == {HINT_EVERY // CHUNK}
+    assert {later - sooner for sooner, later in itertools.pairwise(chunks)} == {HINT_EVERY // CHUNK}
 
 
 def test_readers_that_take_turns_are_each_one_that_goes_on(told: tuple[Loop, list[int]]) -> None:
