@@ -246,10 +246,11 @@ def interleaved(pieces: list[Piece], readers: int) -> None:
 
 def copy_range(path: str, first: int, stop: int) -> None:
     """Read bytes [first, stop) of a file by preads of 1 MiB."""
+    buffer = memoryview(bytearray(1 << 20))
     fd = os.open(path, os.O_RDONLY)
     try:
         while first < stop:
-            got = len(os.pread(fd, min(1 << 20, stop - first), first))
+            got = os.preadv(fd, [buffer[: stop - first]], first)
             if not got:
                 raise OSError(f"{path} ends at byte {first}")
             first += got

@@ -114,12 +114,20 @@ def faults(pieces: Sequence[Piece], *, count: int, seed: int = 1) -> int:
 
 
 def load_tensors(pieces: Sequence[Piece], step: int = 1) -> int:
-    """Read a file of safetensors as its loader does: the header, then every `step`th tensor copied out of a mapping; return the bytes."""
+    """Read a file of safetensors as its loader does: the header, then every `step`th tensor copied out of a mapping; return the bytes.
+
+    All are copied into one buffer, as long as the longest: fresh memory for each would be measured instead.
+    """
     total = 0
+    buffer = memoryview(bytearray())
     with _mapped(pieces, None) as maps:
         for piece, mapped in zip(pieces, maps, strict=True):
-            for first, stop in tensor_places(piece)[::step]:
-                total += len(mapped[first:stop])
+            with memoryview(mapped) as whole:
+                for first, stop in tensor_places(piece)[::step]:
+                    if stop - first > len(buffer):
+                        buffer = memoryview(bytearray(stop - first))
+                    buffer[: stop - first] = whole[first:stop]
+                    total += stop - first
     return total
 
 

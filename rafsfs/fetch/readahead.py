@@ -25,6 +25,8 @@ QUIET_BYTES: Final = 12 << 20
 read through a mapping touches up to 7 MiB, since the kernel reads around each fault and ahead of the last one."""
 MARGIN_BYTES: Final = 4 << 20
 """How far behind the tensor that it began in a stream must have come to be more than that tensor: above the kernel's read-ahead."""
+SMALL_BYTES: Final = 256 << 10
+"""A tensor below this is not what a reader came for: the pages and chunks of large tensors begin with those small ones that lie before."""
 GAP_BYTES: Final = 64 << 10
 """Between the end of one file and the start of the next: files are aligned, and small ones lie between."""
 LEAD: Final = 8
@@ -49,7 +51,9 @@ class _Stream:
     home: int
     """End of the tensor that it began in."""
     settled: bool
-    """Whether `home` is a tensor: a header, and what was read before it was understood, leads to the tensor that comes next."""
+    """Whether `home` is a tensor: a header, what was read before it was understood, and small tensors lead to the one that comes next."""
+    begun: int
+    """End of its first demand: a tensor that overlaps it, and that it goes on into, is one that it may have begun for."""
     files: int
     """Files that it has run through one after the other."""
     own: Span
@@ -62,6 +66,11 @@ class _Stream:
     def reach(self) -> int:
         """End of what was demanded or asked for."""
         return max(self.stop, self.ahead_to)
+
+
+def _settles(tensor: Span, own: Span) -> bool:
+    """Tell whether a reader may have come for this tensor, which is not the header of its file."""
+    return tensor[0] > own[0] and tensor[1] - tensor[0] >= SMALL_BYTES
 
 
 class Readahead:
@@ -94,9 +103,9 @@ class Readahead:
         stream = self._find(first, stop, own)
         spans: list[Span] = []
         if stream is None:
-            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, 1, own)
+            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, stop, 1, own)
             if tensor is not None:
-                stream.home, stream.settled = max(stop, tensor[1]), tensor[0] > own[0]
+                stream.home, stream.settled = max(stop, tensor[1]), _settles(tensor, own)
             spans = self._strided(first, stop, own, limit)
             target = min(tensor[1], stop + limit) if tensor is not None else stop
             at_once = True
@@ -107,8 +116,8 @@ class Readahead:
                     stream.files += own[0] > stream.own[0]
                 stream.own = own
             stream.start, stream.stop = min(stream.start, first), max(stream.stop, stop)
-            if tensor is not None and not stream.settled and tensor[0] > own[0]:
-                stream.home, stream.settled = max(stream.home, tensor[1]), True
+            if tensor is not None and tensor[0] > own[0]:
+                self._settle(stream, tensor, own)
             target, at_once = self._target(stream, own, limit, tensor, following)
         self._streams.append(stream)
         if self._join_neighbours(stream):
@@ -149,6 +158,16 @@ class Readahead:
         beyond = stream.length // 16 if tensor is not None else 0
         return min(stream.home + beyond, stream.stop + window, own[1]), True
 
+    def _settle(self, stream: _Stream, tensor: Span, own: Span) -> None:
+        """Note which tensor a stream has come to: it may be the one that it is for."""
+        if stream.settled and tensor[0] >= stream.begun:
+            return
+        # One that has gone through nothing but small ones for long is for all of them.
+        through_small = stream.length > MARGIN_BYTES and not _settles(tensor, own)
+        if not through_small:
+            stream.home = max(stream.home, tensor[1])
+        stream.settled = stream.settled or through_small or _settles(tensor, own)
+
     def _find(self, first: int, stop: int, own: Span) -> _Stream | None:
         """Take out the stream that a demand belongs to: at its end, overlapping it, inside its window, or in the next file."""
         for known in reversed(self._streams):
@@ -173,6 +192,7 @@ class Readahead:
             self._streams.remove(other)
             if other.start < stream.start:
                 stream.home, stream.settled, stream.quiet = other.home, other.settled, other.quiet
+                stream.begun = other.begun
             stream.start, stream.stop = min(stream.start, other.start), max(stream.stop, other.stop)
             stream.ahead_to = max(stream.ahead_to, other.ahead_to)
             stream.files = max(stream.files, other.files)

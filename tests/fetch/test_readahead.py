@@ -180,3 +180,35 @@ def test_a_stream_is_asked_ahead_of_once_and_never_further_than_twice_its_length
         assert all(stop <= at + MIB + 2 * (n + 1) * MIB for _, stop in spans)
         asked += spans
     assert all(before[1] <= after[0] for before, after in pairwise(asked))
+
+
+def through(ahead: Readahead, start: int, stop: int, tensors: list[Span]) -> int:
+    """Read [start, stop) as a reader does, a MiB at a time, and return how far was asked for ahead of him, beyond `stop`."""
+    furthest = stop
+    for first in range(start, stop, MIB):
+        tensor = next(span for span in tensors if span[0] <= first < span[1])
+        for _, end in read(ahead, first, min(first + MIB, stop), tensor=tensor):
+            furthest = max(furthest, end)
+    return furthest - stop
+
+
+def test_the_small_tensor_that_a_large_one_begins_behind_is_not_what_the_reader_came_for() -> None:
+    small, large, following = (100 * MIB - 20_000, 100 * MIB), (100 * MIB, 128 * MIB), (128 * MIB, 400 * MIB)
+    ahead = Readahead(GIB)
+    # The page in which the large one begins, and the chunk, begin with the small one.
+    beyond = through(ahead, 100 * MIB - 20_000, 128 * MIB, [small, large, following])
+    assert beyond <= 2 * MIB, "of the next tensor a sixteenth of what he has come"
+
+
+def test_a_tensor_that_the_first_demand_reaches_into_may_be_what_the_reader_came_for() -> None:
+    before, wanted, following = (90 * MIB, 100 * MIB), (100 * MIB, 128 * MIB), (128 * MIB, 400 * MIB)
+    ahead = Readahead(GIB)
+    beyond = through(ahead, 100 * MIB - MIB // 2, 128 * MIB, [before, wanted, following])
+    assert beyond <= 2 * MIB
+
+
+def test_who_goes_through_many_small_tensors_is_a_stream() -> None:
+    size = 200 << 10
+    tensors = [(0, 1000)] + [(1000 + n * size, 1000 + (n + 1) * size) for n in range(1000)]
+    ahead = Readahead(GIB)
+    assert through(ahead, 1000, 1000 + 12 * MIB, tensors) >= 16 * MIB
