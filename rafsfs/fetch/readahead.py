@@ -53,7 +53,7 @@ class _Stream:
     settled: bool
     """Whether `home` is a tensor: a header, what was read before it was understood, and small tensors lead to the one that comes next."""
     begun: int
-    """End of its first demand: a tensor that overlaps it, and that it goes on into, is one that it may have begun for."""
+    """Middle of its first demand: a tensor that begins before it, and that it goes on into, is one that it may have begun for."""
     files: int
     """Files that it has run through one after the other."""
     own: Span
@@ -103,7 +103,7 @@ class Readahead:
         stream = self._find(first, stop, own)
         spans: list[Span] = []
         if stream is None:
-            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, stop, 1, own)
+            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, (first + stop) // 2, 1, own)
             if tensor is not None:
                 stream.home, stream.settled = max(stop, tensor[1]), _settles(tensor, own)
             spans = self._strided(first, stop, own, limit)
@@ -160,7 +160,7 @@ class Readahead:
 
     def _settle(self, stream: _Stream, tensor: Span, own: Span) -> None:
         """Note which tensor a stream has come to: it may be the one that it is for."""
-        if stream.settled and tensor[0] >= stream.begun:
+        if stream.settled and tensor[0] > stream.begun:
             return
         # One that has gone through nothing but small ones for long is for all of them.
         through_small = stream.length > MARGIN_BYTES and not _settles(tensor, own)
