@@ -4,7 +4,8 @@ Each mode of mount that this version has is asked for by name (`rafs mount --mod
 baseline in turn; medians of at least five rounds. Baselines: the same bytes on the local disk (ext4 on the machine of results.md),
 read by the same pattern of cli/patterns.py; for cold loads, fetching and decoding the same blobs without a mount (cold_read.py).
 "Cold" drops the pages of the mount's files, of the cache's data files and of the local copy, by posix_fadvise after a sync; the host
-below may have a cache of its own. Cold loads have the memory that they fill at hand (`ballast.py`), and so have their baselines.
+below may have a cache of its own. Cold loads have the memory that they fill at hand (`ballast.py`), and so have their baselines; what else
+is free is held meanwhile, also while present data is read.
 What 10,000 files cost is asked by metadata.py; `names` runs it.
 """
 
@@ -124,46 +125,49 @@ def present_rows(setting: Setting) -> list[Row]:
     """
     local = setting.fresh("local")
     shutil.copytree(setting.weights, local)
-    rows: list[Row] = []
+    settle()
+    refs = {"": setting.weights_ref, _JUST_PULLED: setting.weights_ref, _INCOMPLETE: setting.partly_read_ref}
     modes = modes_of_this_version()
     cases = [(mode, "") for mode in modes]
     cases += [("erofs", _JUST_PULLED), *((mode, _INCOMPLETE) for mode in modes if mode in _LAZY)]
-    for mode, case in cases:
-        with setting.node() as node:
-            try:
-                if case != _INCOMPLETE:
-                    node.rafs("pull", setting.weights_ref, timeout_s=300)
-                    if not case:
-                        settle()
-                        drop(data_of(node))
-                ref = setting.partly_read_ref if case == _INCOMPLETE else setting.weights_ref
-                present = Present(setting, node, mode, local, ref, case)
-            except Exception as error:  # noqa: BLE001 - a mode that this machine lacks is one row
-                rows.append(Row(f"[{mode}{case}]", "-", "-", None, "-", None, str(error).splitlines()[-1][:120]))
-                continue
-            target = _TARGET.get(present.state, 0.6)
-            rows += [
-                present.compare("sequential", sequential, target, cold=True),
+    with rest(_COPIES * sum(piece.size for piece in pieces_of(local))):
+        return [row for mode, case in cases for row in rows_of_mode(setting, mode, case, local, refs[case])]
+
+
+def rows_of_mode(setting: Setting, mode: str, case: str, local: Path, ref: str) -> list[Row]:
+    """Data that are on the node, in one mode."""
+    rows: list[Row] = []
+    with setting.node() as node:
+        try:
+            if case != _INCOMPLETE:
+                node.rafs("pull", ref, timeout_s=300)
+                if not case:
+                    settle()
+                    drop(data_of(node))
+            present = Present(setting, node, mode, local, ref, case)
+        except Exception as error:  # noqa: BLE001 - a mode that this machine lacks is one row
+            return [Row(f"[{mode}{case}]", "-", "-", None, "-", None, str(error).splitlines()[-1][:120])]
+        target = _TARGET.get(present.state, 0.6)
+        rows += [
+            present.compare("sequential", sequential, target, cold=True),
+            present.compare("parallel pread, 8 x 4 MiB", partial(parallel, threads=8, block=_BLOCK), target, cold=True),
+            present.compare(
+                "2000 random pages by mmap",
+                partial(faults, count=2000),
+                0.8 if present.state == "erofs" else target,
+                cold=True,
+            ),
+            present.compare("sequential", sequential, 0.95, cold=False),
+        ]
+        for threads in (1, 4, 16, 32):
+            rows.append(
                 present.compare(
-                    "parallel pread, 8 x 4 MiB", partial(parallel, threads=8, block=_BLOCK), target, cold=True
-                ),
-                present.compare(
-                    "2000 random pages by mmap",
-                    partial(faults, count=2000),
-                    0.8 if present.state == "erofs" else target,
+                    f"O_DIRECT, {threads} threads of 16 MiB",
+                    partial(parallel, threads=threads, block=16 << 20, direct=True),
+                    0.6,
                     cold=True,
-                ),
-                present.compare("sequential", sequential, 0.95, cold=False),
-            ]
-            for threads in (1, 4, 16, 32):
-                rows.append(
-                    present.compare(
-                        f"O_DIRECT, {threads} threads of 16 MiB",
-                        partial(parallel, threads=threads, block=16 << 20, direct=True),
-                        0.6,
-                        cold=True,
-                    )
                 )
+            )
     return rows
 
 
