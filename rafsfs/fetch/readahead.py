@@ -103,7 +103,9 @@ class Readahead:
         stream = self._find(first, stop, own)
         spans: list[Span] = []
         if stream is None:
-            stream = _Stream(first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, (first + stop) // 2, 1, own)
+            stream = _Stream(
+                first, stop, stop, 0 if first <= own[0] else QUIET_BYTES, stop, False, (first + stop) // 2, 1, own
+            )
             if tensor is not None:
                 stream.home, stream.settled = max(stop, tensor[1]), _settles(tensor, own)
             spans = self._strided(first, stop, own, limit)
