@@ -25,7 +25,7 @@ from typing import Final
 
 from .. import logs
 from ..errors import FormatError, RafsError
-from ..flat.loop import Loop, lower_own_chances_of_being_killed
+from ..flat.loop import Loop, Served, lower_own_chances_of_being_killed
 from ..fuse.spec import MountSpec, load_spec
 from ..store.space_view import SpaceView, open_views
 from . import fanotify
@@ -86,14 +86,14 @@ class Guard:
             False  # a descriptor of ours: no event can get the number, but it cannot be closed after the answer either
         )
 
-    def serve(self) -> bool:
-        """Handle the events of one read. True: there is always more to come."""
+    def serve(self) -> Served:
+        """Handle the events of one read, if there are any."""
         try:
             length = os.readv(self._group, [self._buffer])
         except OSError as error:
             if error.errno not in {errno.EAGAIN, errno.EINTR}:
                 _log.error("reading events failed: %s", error.strerror)
-            return True
+            return Served.NOTHING
         events = list(self._events(memoryview(self._buffer)[:length]))
         known = []
         for event in events:
@@ -113,7 +113,7 @@ class Guard:
             except Exception:  # noqa: BLE001 - whatever it is: this read fails, the others are answered
                 _log.exception("read denied after a fault of our own")
                 self._answer(event.descriptor, ok=False)
-        return True
+        return Served.ONE
 
     def _events(self, data: memoryview) -> list[Event]:
         found: list[Event] = []

@@ -4,6 +4,9 @@ Decided here: how a request that misses waits while others are served, what is a
 remembered. Rules: nothing here blocks but the poll; a miss is answered with success only after the presence map has been read
 again and says so.
 
+Who faults pages waits for each of them, and touches the next at once. To wake a process that sleeps takes a virtual machine 20 to 40
+microseconds, as long as half of a disk's answer; so after a small hit the loop looks for the next request for a moment before it sleeps.
+
 Concurrency: one thread. Ends when the kernel's descriptor says that there is nothing left to serve (ENODEV), or on SIGTERM.
 """
 
@@ -18,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final
 
 from ..daemon.link import DaemonLink
@@ -34,10 +38,27 @@ kernel asks for one window in pieces of 64 KiB while its pages are small."""
 _SAME_FAILURE_S: Final = 5.0
 """Failures in one data space within this time are one line in the log."""
 
+SMALL_HIT: Final = 64 << 10
+"""Bytes. Less is a page fault or a short read, whose reader comes again at once; longer ones are few, and a wake-up is little to them."""
+_ATTENTION_NS: Final = 100_000
+"""How long the next request is looked for after a small hit. Random pages of an incomplete image: 0.43 of ext4 without, 0.53 with 0.1 ms,
+and no better with 0.2 or 0.3."""
+_ATTENTION_ALL_NS: Final = 5_000_000
+"""How long the daemon's line and the timers may have to wait for that, however many requests come."""
+
 _READERS: Final = 16
 """Of one data space, told apart: a hit that goes on where one of the latest ended is of a reader that goes on."""
 
 Finished = Callable[[bool], None]
+
+
+class Served(Enum):
+    """What came of looking for a request."""
+
+    NOTHING = 0
+    ONE = 1
+    OVER = 2
+    """The kernel has let go of the file system."""
 
 
 @dataclass(slots=True)
@@ -51,13 +72,13 @@ class _Wish:
 
 
 class Loop:
-    """Serves until the kernel has nothing left. `serve` handles what is readable on `kernel_fd`; False: it is over."""
+    """Serves until the kernel has nothing left. `serve` handles one read of `kernel_fd`, which must not block."""
 
     def __init__(
         self,
         *,
         kernel_fd: int,
-        serve: Callable[[], bool],
+        serve: Callable[[], Served],
         views: Sequence[SpaceView],
         cache_dir: str,
         mount: str,
@@ -86,6 +107,9 @@ class Loop:
         self._report_at = 0.0
         self._beat_at = 0.0
         self._ending = False
+        self._is_small = False
+        """Whether the latest request was a small hit."""
+        self._may_look = len(os.sched_getaffinity(0)) > 1  # else the reader could not run meanwhile
         self.cache_bytes = 0
         """Bytes served from chunks that were present when they were asked for."""
         self.link = DaemonLink(
@@ -114,14 +138,37 @@ class Loop:
                 wait = min(wait, self._report_at)
             for descriptor, _ in self._epoll.poll(max(0.0, wait - now)):
                 if descriptor == self._kernel_fd:
-                    if not self._serve():
+                    if self._attend() is Served.OVER:
                         return
                 else:
                     self.link.on_event()
                     due = 0.0
 
+    def _attend(self) -> Served:
+        """Serve a request; after a small hit also those that come within a moment."""
+        served = self._serve()
+        if served is not Served.ONE or not self._expects_more():
+            return served
+        now = time.perf_counter_ns()
+        end = now + _ATTENTION_ALL_NS
+        until = now + _ATTENTION_NS
+        while now < until:
+            served = self._serve()
+            now = time.perf_counter_ns()
+            if served is Served.ONE:
+                if not self._expects_more():
+                    break
+                until = min(now + _ATTENTION_NS, end)
+            elif served is Served.OVER:
+                break
+        return served
+
+    def _expects_more(self) -> bool:
+        return self._is_small and self._may_look
+
     def want(self, space: int, chunks: range, reader: int, finished: Finished) -> None:
         """Have chunks of a data space made present for a thread; `finished(True)` when they are, `finished(False)` when they cannot be."""
+        self._is_small = False
         now = time.monotonic()
         grant = self._chances.grant(space, chunks, reader, now)
         key = space, chunks.start, chunks.stop
@@ -147,6 +194,7 @@ class Loop:
     def hit(self, space: int, chunks: range, size: int) -> None:
         """Count a read that was served at once, and let the daemon go on ahead of the reader."""
         self.cache_bytes += size
+        self._is_small = size <= SMALL_HIT
         view = self._views[space]
         if view.touch(chunks.start, chunks.stop):
             self._touched.append((view.space_id, chunks.start, chunks.stop))

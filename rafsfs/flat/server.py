@@ -14,15 +14,13 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..errors import CacheError, FormatError
 from ..store.space_view import SpaceView
 from ..types import BLOCK_SIZE, align_up
 from . import wire
-
-if TYPE_CHECKING:
-    from .loop import Loop
+from .loop import Loop, Served
 
 _log = logging.getLogger(__name__)
 
@@ -63,20 +61,20 @@ class FlatServer:
         except OSError as error:
             _log.debug("nothing to be sent again: %s", error)
 
-    def serve(self) -> bool:
-        """Handle one request; return False when the file system has gone."""
+    def serve(self) -> Served:
+        """Handle one request, if there is one."""
         try:
             length = os.readv(self._fd, [self._request])
         except OSError as error:
             if error.errno in _GONE:
-                return False
+                return Served.OVER
             if error.errno in _RETRY:
-                return True
+                return Served.NOTHING
             raise
         request = memoryview(self._request)[:length]
         opcode, unique, node = wire.parse(request)
         if opcode in wire.NO_REPLY:
-            return True
+            return Served.ONE
         handler = self._handlers.get(opcode)
         try:
             answer = handler(unique, node, request) if handler else wire.reply_error(unique, errno.ENOSYS)
@@ -85,7 +83,7 @@ class FlatServer:
             answer = wire.reply_error(unique)
         if answer is not None:
             self._send([answer])
-        return True
+        return Served.ONE
 
     def _init(self, unique: int, node: int, request: memoryview) -> bytes:
         major, minor, readahead = wire.parse_init(request)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from rafsfs.flat.loop import Loop
+from rafsfs.flat.loop import SMALL_HIT, Loop, Served
 from rafsfs.format.space_table import SpaceTable, pack_record
 from rafsfs.store.space_view import HINT_EVERY, SpaceView
 
@@ -41,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Loop, list[int]]]:
     reading, writing = os.pipe()
     loop = Loop(
         kernel_fd=reading,
-        serve=lambda: False,
+        serve=lambda: Served.OVER,
         views=[cast("SpaceView", View())],
         cache_dir="/nowhere",
         mount="/mnt",
@@ -89,3 +89,58 @@ def test_random_pages_do_not_wake_the_daemon(told: tuple[Loop, list[int]]) -> No
         loop.hit(0, range(number, number + 1), 4096)
     assert len(chunks) < 20, "a neighbour now and then"
     assert loop.cache_bytes == 200 * 4096
+
+
+def test_after_a_small_hit_the_next_one_is_looked_for_without_sleeping(
+    told: tuple[Loop, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, _ = told
+    monkeypatch.setattr(loop, "_may_look", True)
+    turns = iter([SMALL_HIT, 4096, SMALL_HIT + 1, 4096])
+
+    def serve() -> Served:
+        loop.hit(0, range(0), next(turns))
+        return Served.ONE
+
+    monkeypatch.setattr(loop, "_serve", serve)
+    assert loop._attend() is Served.ONE
+    assert list(turns) == [4096], "a long one ends it"
+
+
+def test_whoever_has_one_processor_does_not_look(told: tuple[Loop, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, _ = told
+    monkeypatch.setattr(loop, "_may_look", False)
+    calls = 0
+
+    def serve() -> Served:
+        nonlocal calls
+        calls += 1
+        loop.hit(0, range(0), 4096)
+        return Served.ONE
+
+    monkeypatch.setattr(loop, "_serve", serve)
+    loop._attend()
+    assert calls == 1
+
+
+def test_requests_without_end_do_not_keep_the_timers_waiting(
+    told: tuple[Loop, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, _ = told
+    monkeypatch.setattr(loop, "_may_look", True)
+
+    def serve() -> Served:
+        loop.hit(0, range(0), 4096)
+        return Served.ONE
+
+    monkeypatch.setattr(loop, "_serve", serve)
+    assert loop._attend() is Served.ONE, "it comes back by itself"
+
+
+def test_the_end_is_seen_while_looking(told: tuple[Loop, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, _ = told
+    monkeypatch.setattr(loop, "_may_look", True)
+    answers = iter([Served.ONE, Served.NOTHING, Served.OVER])
+    loop.hit(0, range(0), 4096)
+    monkeypatch.setattr(loop, "_serve", lambda: next(answers))
+    assert loop._attend() is Served.OVER
