@@ -104,6 +104,8 @@ class Present:
 
         contestants = {"ours": partial(run, self.ours, self.data), "local": partial(run, self.local, [])}
         try:
+            for first in contestants.values():  # not measured: it finds memory that the machine's host had taken back
+                first()
             seconds = interleave(contestants, self.rounds)
         except OSError as error:  # O_DIRECT on the kernel's EROFS
             return Row(f"[{self.label}] {name}", "-", "-", None, "-", None, str(error.strerror))
