@@ -192,15 +192,16 @@ def test_on_a_file_system_that_lacks_what_a_mode_needs_it_is_refused_or_right(
     assert not any(is_alive(pid) for pid in node.processes())
 
 
+def options(mounted: Path) -> list[str]:
+    """Return what the kernel says of the file system that is mounted there."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return next(line for line in lines if f" {mounted} " in line).split()[-1].split(",")
+
+
 def test_a_complete_image_is_read_past_the_page_cache_unless_it_is_in_it(
     tmp_path: Path, image: tuple[Path, str]
 ) -> None:
     source, ref = image
-
-    def options(mounted: Path) -> list[str]:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        return next(line for line in lines if f" {mounted} " in line).split()[-1].split(",")
-
     with running_node(tmp_path / "node") as node:
         node.rafs("pull", ref, timeout_s=120)
         just_pulled = node.mount(ref, "just-pulled", "--mode", "erofs")
@@ -208,6 +209,28 @@ def test_a_complete_image_is_read_past_the_page_cache_unless_it_is_in_it(
         node.rafs("umount", str(just_pulled))
         drop([str(path) for path in node.cache.glob("spaces/*/data")])
         later = node.mount(ref, "later", "--mode", "erofs")
+        assert "directio" in options(later)
+        for name in FILES:
+            assert compare(source / name, later / name) == "equal"
+
+
+def test_in_kernel_mode_an_image_most_of_which_is_here_is_read_past_the_page_cache(
+    tmp_path: Path, image: tuple[Path, str]
+) -> None:
+    """What is fetched afterwards is dirty in the page cache, and right all the same."""
+    source, ref = image
+    with running_node(tmp_path / "node") as node:
+        fresh = node.mount(ref, "fresh", "--mode", "kernel")
+        assert "directio" not in options(fresh)
+        first, second = FILES
+        assert compare(source / first, fresh / first) == "equal"
+        with (fresh / second).open("rb") as file:
+            file.read(4096)
+        node.rafs("umount", str(fresh))
+        os.sync()
+        drop([str(path) for path in node.cache.glob("spaces/*/data")])
+        later = node.mount(ref, "later", "--mode", "kernel")
+        assert node.mount_status(later)["mode"] == "kernel"
         assert "directio" in options(later)
         for name in FILES:
             assert compare(source / name, later / name) == "equal"
