@@ -45,6 +45,8 @@ _JUST_PULLED, _INCOMPLETE, _AGAIN = ", mounted just after the pull", ", incomple
 _STORM_PROCESSES = 8
 _TARGET = {"kernel": 0.9, "erofs": 0.95}
 """Page cache cold, by mode; 0.6 where a process of ours is in the path."""
+_PRESENT_ROUNDS = 11
+"""A run takes a fifth of a second, and now and then one takes three times as long, of either side."""
 _BLOCK = 4 << 20
 _COPIES = 3
 """Of what is loaded cold, in memory: the file system's pages, the cache file's, and the stored bytes on their way."""
@@ -84,7 +86,7 @@ class Present:
         self.state = node.mount_status(top)["mode"]
         self.label = f"{mode} = {self.state}{label}"
         self.data = data_of(node)
-        self.rounds = max(5, setting.rounds)
+        self.rounds = max(_PRESENT_ROUNDS, setting.rounds)
         settle()
 
     def compare(self, name: str, pattern: Callable[[Sequence[Piece]], int], target: float, *, cold: bool) -> Row:
