@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -33,7 +34,7 @@ async def fetch_and_decode(ref: str, target: str) -> tuple[float, float]:
     from rafsfs.registry.store import RegistryOptions, open_store  # noqa: PLC0415
 
     reference = parse_reference(ref)
-    async with open_store(reference, RegistryOptions()) as store:
+    async with open_store(reference, RegistryOptions(plain_http=True)) as store:
         image = await load_image(store, reference.reference)
         jobs: list[tuple[int, int, int, list[tuple[StoredChunk, int, int]]]] = []
         chunks = []
@@ -90,9 +91,9 @@ async def fetch_and_decode(ref: str, target: str) -> tuple[float, float]:
         return seconds, busy
 
 
-def without_mount(ref: str, target: Path) -> tuple[float, float]:
-    """Return what `fetch_and_decode` does, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cold_read", ref, str(target)]
+def without_mount(ref: str, target: Path, inside: Sequence[str] = ()) -> tuple[float, float]:
+    """Return what `fetch_and_decode` does, in a process of its own. `inside`: what that command has before it."""
+    command = [*inside, sys.executable, "-m", "benchmarks.cold_read", ref, str(target)]
     seconds, busy = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), float(busy)
 

@@ -2,7 +2,7 @@
 
 Each mode of mount that this version has is asked for by name (`rafs mount --mode`), and its rows say so. A round runs ours and the
 baseline in turn; medians of at least five rounds. Baselines: the same bytes on the local disk (ext4 on the machine of results.md),
-read by the same pattern of cli/patterns.py; for cold loads, fetching and decoding the same blobs without a mount (cold_read.py).
+read by the same pattern of cli/patterns.py; for cold loads, fetching and decoding the same blobs without a mount (cold_load.py).
 "Cold" drops the pages of the mount's files, of the cache's data files and of the local copy, by posix_fadvise after a sync; the host
 below may have a cache of its own. Cold loads have the memory that they fill at hand (`ballast.py`), and so have their baselines; what else
 is free is held meanwhile, also while present data is read.
@@ -14,31 +14,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import multiprocessing
-import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from cli.patterns import Piece, drop, faults, load_tensors, parallel, sequential, tensor_places
+from cli.patterns import Piece, drop, faults, parallel, sequential, tensor_places
 from tests.support.models import cast_file, directory_bytes, published_model, widen_file
 from tests.support.processes import Node
 
-from . import metadata
-from .ballast import Ballast, rest
-from .cold_read import without_mount
-from .measure import Row, busy_s, commit, files_below, interleave, machine, median, rate, settle, spread, table, timed
+from . import cold_load, metadata
+from .ballast import rest
+from .cold_load import COPIES, at_hand, copy_range, pieces_of
+from .measure import Row, commit, interleave, machine, median, rate, settle, spread, table, timed
 from .setting import Setting
 
 _MODES = ("auto", "erofs", "lazy", "fuse", "kernel")
-_PARTS = ("present", "names", "cold", "storm")
+_PARTS = ("present", "names", "cold", "line", "storm")
 _LAZY = ("lazy", "kernel")
 """Modes that become plain EROFS when the image is complete."""
 _JUST_PULLED, _INCOMPLETE, _AGAIN = ", mounted just after the pull", ", incomplete", ", incomplete, mounted again"
@@ -48,8 +45,6 @@ _TARGET = {"kernel": 0.9, "erofs": 0.95}
 _PRESENT_ROUNDS = 11
 """A run takes a fifth of a second, and now and then one takes three times as long, of either side."""
 _BLOCK = 4 << 20
-_COPIES = 3
-"""Of what is loaded cold, in memory: the file system's pages, the cache file's, and the stored bytes on their way."""
 
 
 def modes_of_this_version() -> list[str]:
@@ -59,20 +54,6 @@ def modes_of_this_version() -> list[str]:
     ).stdout
     named = text[text.index("--mode") :].partition("]")[0]
     return [mode for mode in _MODES if mode in named]
-
-
-@contextlib.contextmanager
-def at_hand(size: int) -> Iterator[None]:
-    """Have memory for a cold load of so many bytes; what a virtual machine's host has to find is not what is measured."""
-    with contextlib.closing(Ballast(_COPIES * size)) as ballast:
-        ballast.hold()
-        with ballast.giving():
-            yield
-
-
-def pieces_of(directory: Path) -> list[Piece]:
-    """Return the files of weights below a directory, whole."""
-    return [Piece(str(path), path.stat().st_size) for path in files_below(directory) if path.suffix == ".safetensors"]
 
 
 class Present:
@@ -137,7 +118,7 @@ def present_rows(setting: Setting) -> list[Row]:
         ("erofs", _JUST_PULLED),
         *((mode, case) for mode in modes if mode in _LAZY for case in (_INCOMPLETE, _AGAIN)),
     ]
-    with rest(_COPIES * sum(piece.size for piece in pieces_of(local))):
+    with rest(COPIES * sum(piece.size for piece in pieces_of(local))):
         return [
             row
             for mode, case in cases
@@ -191,92 +172,6 @@ def rows_of_mode(setting: Setting, mode: str, case: str, local: Path, ref: str) 
 def data_of(node: Node) -> list[str]:
     """Return the data files of a node's cache."""
     return [str(path) for path in node.cache.glob("spaces/*/data")]
-
-
-def cold_rows(setting: Setting) -> list[Row]:
-    """A load through a mount that has nothing yet, against fetching and decoding without a mount."""
-    size = sum(piece.size for piece in pieces_of(setting.weights))
-    setting.weights_ref  # noqa: B018 - built before memory is held
-    work: defaultdict[str, list[float]] = defaultdict(list)
-
-    def baseline() -> float:
-        settle()
-        with at_hand(size):
-            seconds, busy = without_mount(setting.weights_ref, setting.fresh("fetched"))
-        work["baseline"].append(busy)
-        return seconds
-
-    def load(mode: str, readers: int) -> float:
-        settle()
-        with setting.node() as node:
-            pieces = pieces_of(node.mount(setting.weights_ref, "mnt", "--mode", mode))
-            # A process of its own: one that waits in a page fault holds its interpreter, and the ballast is given by a thread of this one.
-            with multiprocessing.get_context("spawn").Pool(1) as loader:
-                loader.apply(timed_load, ([], 1))  # started before the clock
-                with at_hand(size):
-                    seconds, busy = loader.apply(timed_load, (pieces, readers))
-        work[f"{mode} {readers}"].append(busy)
-        return seconds
-
-    rows = []
-    with rest(_COPIES * size + size):
-        for mode in (mode for mode in modes_of_this_version() if mode in {"auto", "fuse"}):
-            seconds = interleave(
-                {"baseline": baseline, "1": partial(load, mode, 1), "8": partial(load, mode, 8)},
-                max(5, setting.rounds),
-            )
-            base = median(seconds["baseline"])
-            for name, label, limit in (("1", "one reader", 1.15), ("8", "8 interleaving readers", 1.3)):
-                ours = median(seconds[name])
-                rows.append(
-                    Row(
-                        f"[{mode}] cold load, all tensors by mmap, {label}: time ÷ fetch and decode",
-                        f"{ours:.2f} s ({rate(size, ours)})",
-                        f"{base:.2f} s ({rate(size, base)})",
-                        ours / base,
-                        f"<= {limit}",
-                        ours / base <= limit,
-                        f"ours {spread(seconds[name])}, baseline {spread(seconds['baseline'])}; of {os.cpu_count()} processors "
-                        f"{median(work[f'{mode} {name}']):.2f} s, baseline {median(work['baseline']):.2f} s",
-                    )
-                )
-    return rows
-
-
-def timed_load(pieces: list[Piece], readers: int) -> tuple[float, float]:
-    """Return the seconds that a load takes, and those of all processors; runs in a process of its own."""
-    busy = busy_s()
-    seconds = timed(lambda: interleaved(pieces, readers))
-    return seconds, busy_s() - busy
-
-
-def interleaved(pieces: list[Piece], readers: int) -> None:
-    """Load all tensors of the files, by so many threads that take the tensors in turn."""
-    if readers == 1:
-        load_tensors(pieces)
-        return
-    jobs = [(piece, first, stop) for piece in pieces for first, stop in tensor_places(piece)]
-
-    def read(number: int) -> None:
-        for piece, first, stop in jobs[number::readers]:
-            copy_range(piece.path, first, stop)
-
-    with ThreadPoolExecutor(readers) as pool:
-        list(pool.map(read, range(readers)))
-
-
-def copy_range(path: str, first: int, stop: int) -> None:
-    """Read bytes [first, stop) of a file by preads of 1 MiB."""
-    buffer = memoryview(bytearray(1 << 20))
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        while first < stop:
-            got = os.preadv(fd, [buffer[: stop - first]], first)
-            if not got:
-                raise OSError(f"{path} ends at byte {first}")
-            first += got
-    finally:
-        os.close(fd)
 
 
 def touch_tensors(path: str, places: list[tuple[int, int]]) -> None:
@@ -390,7 +285,14 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="work on this disk (default: the temporary directory)")
     arguments = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {commit()}", machine(), sep="\n", flush=True)
-    parts = {"present": present_rows, "names": metadata.run, "cold": cold_rows, "storm": storm_rows}
+    parts: dict[str, Callable[[Setting], list[Row]]] = {
+        "present": present_rows,
+        "names": metadata.run,
+        "cold": lambda setting: cold_load.on_loopback(setting, loaded),
+        "line": lambda setting: cold_load.behind_a_line(setting, loaded[:1]),
+        "storm": storm_rows,
+    }
+    loaded = [mode for mode in modes_of_this_version() if mode in {"auto", "fuse"}]
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-bench-", dir=arguments.dir))

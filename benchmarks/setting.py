@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -90,9 +90,9 @@ class Setting:
         return ref
 
     @contextlib.contextmanager
-    def node(self) -> Iterator[Node]:
-        """A node with an empty cache on the local disk, ended with the block."""
-        with running_node(self.directory / f"node-{next(self._numbers)}") as node:
+    def node(self, inside: Sequence[str] = ()) -> Iterator[Node]:
+        """A node with an empty cache on the local disk, ended with the block. `inside`: what its commands have before them."""
+        with running_node(self.directory / f"node-{next(self._numbers)}", inside=inside) as node:
             yield node
 
     def fresh(self, name: str) -> Path:
