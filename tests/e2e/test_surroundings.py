@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -217,7 +220,7 @@ def test_a_complete_image_is_read_past_the_page_cache_unless_it_is_in_it(
 def test_in_kernel_mode_an_image_most_of_which_is_here_is_read_past_the_page_cache(
     tmp_path: Path, image: tuple[Path, str]
 ) -> None:
-    """What is fetched afterwards is dirty in the page cache, and right all the same."""
+    """What is fetched afterwards is dirty in the page cache, and right all the same, also over the deaths of the guard."""
     source, ref = image
     with running_node(tmp_path / "node") as node:
         fresh = node.mount(ref, "fresh", "--mode", "kernel")
@@ -232,5 +235,20 @@ def test_in_kernel_mode_an_image_most_of_which_is_here_is_read_past_the_page_cac
         later = node.mount(ref, "later", "--mode", "kernel")
         assert node.mount_status(later)["mode"] == "kernel"
         assert "directio" in options(later)
-        for name in FILES:
-            assert compare(source / name, later / name) == "equal"
+        killed: list[int] = []
+        for turn in range(6):  # what is missing, the guard killed under it; then what is there
+            with ThreadPoolExecutor(1) as pool:
+                name = (second, first)[turn % 2]
+                drop([str(later / name)])
+                reading = pool.submit(compare, source / name, later / name)
+                for _ in range(4):
+                    for pid in node.worker_pids():
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                            killed.append(pid)
+                    time.sleep(0.1)
+                assert reading.result() in {"equal", "refused", "killed"}, (
+                    "a guard's death may cost a reader EIO, never a wrong byte"
+                )
+        assert killed, "there was a guard to kill"
+        wait_for(lambda: all(compare(source / name, later / name) == "equal" for name in FILES), "both files", 30)
