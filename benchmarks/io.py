@@ -112,10 +112,10 @@ def present_rows(setting: Setting) -> list[Row]:
     shutil.copytree(setting.weights, local)
     settle()
     refs = {"": setting.weights_ref, _JUST_PULLED: setting.weights_ref}
-    modes = modes_of_this_version()
+    modes = [mode for mode in modes_of_this_version() if mode in (setting.modes or _MODES)]
     cases = [(mode, "") for mode in modes]
     cases += [
-        ("erofs", _JUST_PULLED),
+        *((mode, _JUST_PULLED) for mode in modes if mode == "erofs"),
         *((mode, case) for mode in modes if mode in _LAZY for case in (_INCOMPLETE, _AGAIN)),
     ]
     with rest(COPIES * sum(piece.size for piece in pieces_of(local))):
@@ -283,6 +283,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="less data")
     parser.add_argument("--only", nargs="+", choices=_PARTS, default=_PARTS)
     parser.add_argument("--dir", type=Path, help="work on this disk (default: the temporary directory)")
+    parser.add_argument("--modes", nargs="+", choices=_MODES, default=(), help="present data in these modes alone")
     arguments = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {commit()}", machine(), sep="\n", flush=True)
     parts: dict[str, Callable[[Setting], list[Row]]] = {
@@ -296,7 +297,7 @@ def main() -> int:
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="rafs-bench-", dir=arguments.dir))
-        setting = Setting(Path(directory), stack, quick=arguments.quick)
+        setting = Setting(Path(directory), stack, quick=arguments.quick, modes=arguments.modes)
         for name in arguments.only:
             print(f"... {name}", file=sys.stderr, flush=True)
             rows += parts[name](setting)

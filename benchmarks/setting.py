@@ -36,8 +36,10 @@ from .measure import files_below
 class Setting:
     """Shared by the benchmarks of one run; everything in it is made when it is first asked for."""
 
-    def __init__(self, directory: Path, stack: contextlib.ExitStack, *, quick: bool) -> None:
+    def __init__(self, directory: Path, stack: contextlib.ExitStack, *, quick: bool, modes: Sequence[str] = ()) -> None:
+        """`modes`: of mounts whose present data are read; none: all."""
         self.directory = directory
+        self.modes = modes
         self.quick = quick
         self.rounds = 3 if quick else 5
         self._stack = stack

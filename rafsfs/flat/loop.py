@@ -41,8 +41,8 @@ _SAME_FAILURE_S: Final = 5.0
 SMALL_HIT: Final = 64 << 10
 """Bytes. Less is a page fault or a short read, whose reader comes again at once; longer ones are few, and a wake-up is little to them."""
 _ATTENTION_NS: Final = 100_000
-"""How long the next request is looked for after a small hit. Random pages of an incomplete image: 0.43 of ext4 without, 0.53 with 0.1 ms,
-and no better with 0.2 or 0.3."""
+"""How long the next request is looked for after a small hit. Random pages of an incomplete image: 0.42 of ext4 without, 0.47 to 0.52
+with 0.1 ms (`make bench-io`), and no better with 0.2 or 0.3."""
 _ATTENTION_ALL_NS: Final = 5_000_000
 """How long the daemon's line and the timers may have to wait for that, however many requests come."""
 
